@@ -1,0 +1,404 @@
+"""The MiniMind decoder: both public generations, dense and mixture-of-experts.
+
+A step through this file follows a token: embedding -> blocks (attention, feed-forward) -> norm -> logits.
+The two generations share every key name and differ only where `MiniMindConfig.generation` says so:
+
+| | MiniMind2 | MiniMind-3 |
+|---|---|---|
+| key/value heads | 2 | 4 |
+| norm on q and k per head | no | yes |
+| RMSNorm | cast back to the input type, then times weight; eps 1e-5 | times weight in float32, then cast; eps 1e-6 |
+| feed-forward width | 8H/3, rounded up to 64 | pi*H, rounded up to 64 |
+| mixture of experts | top 2 of 4 and 1 shared expert | top 1 of 4, none shared |
+
+Shapes in comments: B batch, T query positions, S key positions (past and present), H hidden size,
+N attention heads, K key/value heads, D head size, V vocabulary, E experts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+GENERATIONS = ("minimind2", "minimind3")
+
+
+class MiniMindConfig(PreTrainedConfig):
+    """Architecture of a MiniMind model. Whatever is left at None takes the generation's published value.
+
+    Args:
+        generation: "minimind2" or "minimind3" (see the module's table).
+        head_dim: size of one attention head; hidden_size / num_attention_heads by default.
+        max_position_embeddings: positions the model may be asked for; above the original length YaRN applies.
+        inference_rope_scaling: stretch the rotary embedding by YaRN, for texts above 2,048 tokens.
+        router_aux_loss_coef: weight of the experts' balance loss.
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        generation: str = "minimind2",
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        vocab_size: int = 6400,
+        rms_norm_eps: float | None = None,
+        rope_theta: float = 1e6,
+        max_position_embeddings: int = 32768,
+        inference_rope_scaling: bool = False,
+        use_moe: bool = False,
+        num_experts: int = 4,
+        num_experts_per_tok: int | None = None,
+        num_shared_experts: int | None = None,
+        router_aux_loss_coef: float | None = None,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs,
+    ):
+        if generation not in GENERATIONS:
+            raise ValueError(f"generation {generation!r} is unknown; one of {', '.join(GENERATIONS)}")
+        second = generation == "minimind2"
+
+        def published(value, minimind2, minimind3):
+            return value if value is not None else minimind2 if second else minimind3
+
+        self.generation = generation
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = published(num_key_value_heads, 2, 4)
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.intermediate_size = published(
+            intermediate_size,
+            64 * math.ceil(int(8 * hidden_size / 3) / 64),
+            64 * math.ceil(math.pi * hidden_size / 64),
+        )
+        self.vocab_size = vocab_size
+        self.rms_norm_eps = published(rms_norm_eps, 1e-5, 1e-6)
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.inference_rope_scaling = inference_rope_scaling
+        self.use_moe = use_moe
+        self.num_experts = num_experts
+        self.num_experts_per_tok = published(num_experts_per_tok, 2, 1)
+        self.num_shared_experts = published(num_shared_experts, 1, 0)
+        self.router_aux_loss_coef = published(router_aux_loss_coef, 0.01, 5e-4)
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (https://arxiv.org/abs/1910.07467), computed in float32."""
+
+    def __init__(self, size: int, config: MiniMindConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = config.rms_norm_eps
+        self.weight_in_float32 = config.generation == "minimind3"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        if self.weight_in_float32:
+            return (self.weight * normed).type_as(x)
+        return self.weight * normed.type_as(x)
+
+
+def inverse_frequencies(config: MiniMindConfig, device: torch.device) -> torch.Tensor:
+    """Rotary frequencies (D/2,), stretched by YaRN (https://arxiv.org/abs/2309.00071) when the config asks for it.
+
+    Dimensions that turn fast keep their frequency, slow ones are divided by the factor, a linear ramp lies between.
+    """
+    half = config.head_dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=device)
+    frequencies = 1.0 / config.rope_theta ** (index * 2 / config.head_dim)
+    original_length, factor, beta_fast, beta_slow = 2048, 16.0, 32.0, 1.0
+    if not config.inference_rope_scaling or config.max_position_embeddings <= original_length:
+        return frequencies
+
+    def dimension_turning(times: float) -> float:  # the dimension that turns so often over the original length
+        return half * math.log(original_length / (times * 2 * math.pi)) / math.log(config.rope_theta)
+
+    low = max(math.floor(dimension_turning(beta_fast)), 0)
+    high = min(math.ceil(dimension_turning(beta_slow)), half - 1)
+    ramp = torch.clamp((index - low) / max(high - low, 0.001), 0, 1)
+    return frequencies * (1 - ramp + ramp / factor)
+
+
+def rotary_embedding(config: MiniMindConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for positions (B, T), each (B, 1, T, D) in float32 (https://arxiv.org/abs/2104.09864)."""
+    angles = position_ids[:, None, :, None].float() * inverse_frequencies(config, position_ids.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn queries or keys (B, heads, T, D) by their positions, in the rotate-half layout."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (https://arxiv.org/abs/2305.13245): N query heads share K key/value heads."""
+
+    def __init__(self, config: MiniMindConfig, layer_index: int):
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        with_head_norm = config.generation == "minimind3"
+        self.q_norm = RMSNorm(config.head_dim, config) if with_head_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config) if with_head_norm else nn.Identity()
+
+    def forward(self, x, rotary, mask, cache, output_attentions):
+        def heads(projected):  # (B, T, heads * D) -> (B, T, heads, D)
+            return projected.unflatten(-1, (-1, self.head_dim))
+
+        query = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), rotary)  # (B, N, T, D)
+        key = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), rotary)  # (B, K, T, D)
+        value = heads(self.v_proj(x)).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_index)  # (B, K, S, D)
+        if output_attentions:
+            mixed, weights = attention_with_weights(query, key, value, mask)
+        else:
+            mixed, weights = attention(query, key, value, mask), None
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights  # (B, T, H)
+
+
+def attention(query, key, value, mask):
+    """Softmax attention by the fused kernel; `mask` None means causal. Returns (B, N, T, D)."""
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+
+
+def attention_with_weights(query, key, value, mask):
+    """The same by plain matrix products, with the weights (B, N, T, S) beside it."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if mask is None:
+        mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1).type_as(query)
+    return weights @ value, weights
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """(1, 1, T, S) bool, True where the query may look; the queries are the last of the keys."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward with SiLU (SwiGLU, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoEFeedForward(nn.Module):
+    """Each token goes through its top experts, weighted by a softmax gate, and through every shared one.
+
+    In training `aux_loss` holds the balance loss: MiniMind2 takes the load of each sequence and averages
+    (https://arxiv.org/abs/2401.06066), MiniMind-3 takes the load of the whole batch (https://arxiv.org/abs/2101.03961).
+    """
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.coefficient = config.router_aux_loss_coef
+        self.balance_each_sequence = config.generation == "minimind2"
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_experts))
+        if config.num_shared_experts:
+            self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_shared_experts))
+        self.aux_loss = torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.gate(x).softmax(dim=-1)  # (B, T, E)
+        weights, chosen = scores.topk(self.top_k, dim=-1)  # (B, T, top_k)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        output = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            row, position, slot = torch.where(chosen == index)
+            routed = expert(x[row, position]) * weights[row, position, slot, None].type_as(x)
+            output = output.index_put((row, position), routed, accumulate=True)
+        for expert in getattr(self, "shared_experts", ()):
+            output = output + expert(x)
+        self.aux_loss = self.balance_loss(scores, chosen) if self.training else x.new_zeros(())
+        return output
+
+    def balance_loss(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        experts = scores.shape[-1]
+        picked = F.one_hot(chosen, experts).to(scores.dtype).mean(dim=2)  # (B, T, E), sums to 1 a token
+        if self.balance_each_sequence:
+            load, share = picked.mean(dim=1), scores.mean(dim=1)  # (B, E)
+            return (load * share).sum(dim=-1).mean() * experts * self.coefficient
+        load, share = picked.mean(dim=(0, 1)), scores.mean(dim=(0, 1))  # (E,)
+        return (load * share).sum() * experts * self.coefficient
+
+
+class MiniMindBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each with a slot behind it that an adapter may fill."""
+
+    def __init__(self, config: MiniMindConfig, layer_index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.adapter_attn = nn.Identity()
+        self.adapter_mlp = nn.Identity()
+
+    def forward(self, x, rotary, mask, cache, output_attentions):
+        attended, weights = self.self_attn(self.input_layernorm(x), rotary, mask, cache, output_attentions)
+        x = x + self.adapter_attn(attended)
+        x = x + self.adapter_mlp(self.mlp(self.post_attention_layernorm(x)))
+        return x, weights
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MiniMindBlock"]
+    _supports_sdpa = True
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Token ids or embeddings -> hidden states."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        **unused,
+    ) -> MoeModelOutputWithPast:
+        """Run the blocks over (B, T) ids or (B, T, H) embeddings.
+
+        Args:
+            attention_mask: (B, S) with 0 at padding, or (B or 1, 1, T, S) bool with True where a query may look
+                (then nothing causal is added), or None: plain causal, which is also right for right-padded batches.
+            position_ids: (B or 1, T); counted on from the cache by default.
+            past_key_values: keys and values of earlier positions; extended in place.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, H)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = x.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=x.device)[None]
+        mask = self._attention_mask(attention_mask, length, past, x.device)
+        rotary = rotary_embedding(self.config, position_ids)
+
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x)
+            x, weights = layer(x, rotary, mask, past_key_values, output_attentions)
+            if output_attentions:
+                attentions.append(weights)
+        x = self.norm(x)
+        if output_hidden_states:
+            hidden_states.append(x)
+        return MoeModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) or None,
+            attentions=tuple(attentions) or None,
+        )
+
+    @staticmethod
+    def _attention_mask(attention_mask, length, past, device):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        if attention_mask is None or bool(attention_mask.all()):
+            return None if past == 0 else causal_mask(length, past + length, device)
+        # A padding query has no key of its own to look at but itself: without the diagonal its row would be NaN.
+        causal = causal_mask(length, past + length, device)
+        return (causal & attention_mask[:, None, None, :].bool()) | causal.triu(past)
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """MiniMind with its language-model head, whose weight is the token embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **model_arguments,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits (B, T, V); the other arguments are those of `MiniMindModel.forward`.
+
+        Args:
+            labels: (B, T) ids to predict, -100 where there is none; shifted here. Adds `loss`, the mean a token.
+            logits_to_keep: only the last so many positions (0: all), or the indices of the positions.
+        """
+        outputs = self.model(input_ids, attention_mask, **model_arguments)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=self.balance_loss(),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def balance_loss(self) -> torch.Tensor:
+        """Sum of the experts' balance losses of the last forward; 0 in evaluation and for dense models."""
+        losses = [layer.mlp.aux_loss for layer in self.model.layers if isinstance(layer.mlp, MoEFeedForward)]
+        return sum(losses, start=self.lm_head.weight.new_zeros(()))

@@ -1,0 +1,247 @@
+"""Train a small MiniMind2-generation base from scratch on a JSONL corpus: this makes `model/minimind_mini/`.
+
+    python train/pretrain_base.py --corpus corpus.jsonl.xz --output_dir model/minimind_mini --minutes 150
+
+Stop it whenever you like: run the same command again and it goes on from its last checkpoint (`--work_dir`).
+One step: windows of packed tokens -> blocks -> cross-entropy in chunks -> gradients -> Muon and AdamW.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from train import pretrain_corpus as corpus
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted cross-entropy of a linear head without ever holding all logits.
+
+    Gradients are taken chunk by chunk in the forward pass, so nothing is computed twice and the logits of one chunk
+    stay in the processor's cache. hidden (P, H), weight (V, H), targets (P,), token_weights (P,) -> sum of losses.
+    """
+
+    CHUNK = 1024  # positions
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        for chunk in torch.arange(len(hidden), device=hidden.device).split(ChunkedCrossEntropy.CHUNK):
+            part = hidden[chunk[0] : chunk[-1] + 1]
+            log_p = F.log_softmax((part @ weight.t()).float(), dim=-1)
+            target, token_weight = targets[chunk], token_weights[chunk]
+            total += -(log_p.gather(1, target[:, None])[:, 0] * token_weight).sum()
+            grad_logits = log_p.exp_()
+            grad_logits[torch.arange(len(part)), target] -= 1
+            grad_logits = (grad_logits * token_weight[:, None]).to(hidden.dtype)
+            grad_hidden[chunk[0] : chunk[-1] + 1] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--corpus", type=Path, required=True, help="JSONL of {book, text}, also .xz or .gz")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Hugging Face folder to write")
+    parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoint and log")
+    parser.add_argument("--epochs", type=int, default=6, help="most passes over the corpus (default 6)")
+    parser.add_argument("--minutes", type=float, default=150, help="most minutes of training (default 150)")
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--num_hidden_layers", type=int, default=6)
+    parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--seq_len", type=int, default=256, help="tokens a window; doubled for the last quarter")
+    parser.add_argument("--tokens_per_step", type=int, default=8192)
+    parser.add_argument("--tokens_per_micro_batch", type=int, default=4096)
+    parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices (default 0.02)")
+    parser.add_argument("--adamw_lr", type=float, default=2e-3, help="of embeddings and norms (default 2e-3)")
+    parser.add_argument("--tasks", type=int, default=15000, help="label-reading tasks an epoch; 0 leaves them out")
+    parser.add_argument("--answer_weight", type=float, default=4.0, help="loss weight of a task's answer tokens")
+    parser.add_argument("--corpus_embeddings", type=int, default=1, choices=(0, 1), help="start from co-occurrences")
+    parser.add_argument("--use_compile", type=int, default=1, choices=(0, 1))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of matrix products")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace):
+    """Tokenizer, training sequences of every epoch, and held-out language sequences (one document in a hundred)."""
+    documents = corpus.read_corpus(args.corpus)
+    tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
+    held_out, training = documents[::100], [d for i, d in enumerate(documents) if i % 100]
+    language = corpus.language_sequences(training, tokenizer)
+    tasks = corpus.label_reading_sequences(
+        training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed
+    )
+    epochs = [language + tasks[epoch :: args.epochs] for epoch in range(args.epochs)]
+    return tokenizer, epochs, corpus.language_sequences(held_out, tokenizer)
+
+
+def build_model(args: argparse.Namespace, tokenizer, sequences) -> MiniMindForCausalLM:
+    torch.manual_seed(args.seed)
+    config = MiniMindConfig(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = MiniMindForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+        # Blocks begin as the identity: what they add grows from zero.
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
+    if args.corpus_embeddings:
+        vectors = corpus.corpus_embeddings(sequences, len(tokenizer), args.hidden_size)
+        model.model.embed_tokens.weight.data.copy_(vectors)
+    return model.to(args.device)
+
+
+def build_optimizers(model: MiniMindForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices, AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(rest, lr=args.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Warm-up over the first 2 %, flat, then a straight decay to 0 over the last 45 %."""
+    return min(progress / 0.02 + 0.01, 1.0, (1.0 - progress) / 0.45 + 1e-3)
+
+
+def summed_loss(model, head_weight, ids, weights, args) -> torch.Tensor:
+    """Sum over tokens of weight times cross-entropy; ids and weights (B, T + 1)."""
+    ids, weights = ids.to(args.device, torch.long), weights.to(args.device)
+    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        hidden = model(ids[:, :-1]).last_hidden_state
+    head = head_weight.to(hidden.dtype)
+    return ChunkedCrossEntropy.apply(
+        hidden.flatten(0, 1), head, ids[:, 1:].flatten(), weights[:, 1:].flatten()
+    )
+
+
+@torch.no_grad()
+def validation_loss(model, head_weight, held_out, args) -> float:
+    ids, weights = corpus.pack(held_out, args.seq_len, seed=0)
+    rows = args.tokens_per_micro_batch // args.seq_len
+    ids, weights = ids[: len(ids) // rows * rows], weights[: len(ids) // rows * rows]
+    total = sum(
+        float(summed_loss(model, head_weight, i, w, args))
+        for i, w in zip(ids.split(rows), weights.split(rows), strict=True)
+    )
+    return total / float(weights[:, 1:].sum())
+
+
+def save_checkpoint(path: Path, model, optimizers, state: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(
+        {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "state": state}, temporary
+    )
+    os.replace(temporary, path)
+
+
+def train(args: argparse.Namespace) -> None:
+    tokenizer, epochs, held_out = prepare(args)
+    model = build_model(args, tokenizer, epochs[0])
+    optimizers = build_optimizers(model, args)
+    checkpoint, log_file = args.work_dir / "checkpoint.pt", args.work_dir / "log.jsonl"
+    state = {"epoch": 0, "window": 0, "tokens": 0, "seconds": 0.0, "step": 0}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True, map_location=args.device)
+        model.load_state_dict(saved["model"])
+        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        state = saved["state"]
+        print(f"resumed at step {state['step']}, {state['tokens']:,} tokens, {state['seconds'] / 60:.1f} minutes")
+    all_tokens = sum(len(sequence.ids) for epoch in epochs for sequence in epoch)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {all_tokens:,} tokens in {args.epochs} epochs")
+
+    run_blocks = torch.compile(model.model) if args.use_compile else model.model
+    head_weight = model.lm_head.weight
+    bar = tqdm(total=all_tokens, initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
+    progress = 0.0
+    while state["epoch"] < args.epochs and progress < 1:
+        progress = max(state["tokens"] / all_tokens, state["seconds"] / 60 / args.minutes)
+        length = args.seq_len * (2 if progress > 0.75 else 1)
+        ids, weights = corpus.pack(epochs[state["epoch"]], length, seed=args.seed + state["epoch"])
+        per_step, per_micro = args.tokens_per_step // length, args.tokens_per_micro_batch // length
+        # Windows are counted in tokens, so that a change of length continues at the same place of the epoch.
+        for first in range(state["window"] // length, len(ids) - per_step + 1, per_step):
+            begin = time.perf_counter()
+            progress = max(state["tokens"] / all_tokens, state["seconds"] / 60 / args.minutes)
+            if progress >= 1 or (progress > 0.75 and length == args.seq_len):
+                break
+            step_ids, step_weights = ids[first : first + per_step], weights[first : first + per_step]
+            normalizer = float(step_weights[:, 1:].sum())
+            loss = 0.0
+            for micro_ids, micro_weights in zip(
+                step_ids.split(per_micro), step_weights.split(per_micro), strict=True
+            ):
+                micro_loss = summed_loss(run_blocks, head_weight, micro_ids, micro_weights, args) / normalizer
+                micro_loss.backward()
+                loss += micro_loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            for optimizer, peak in zip(optimizers, (args.muon_lr, args.adamw_lr), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * learning_rate_factor(progress)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            state["step"] += 1
+            state["tokens"] += step_ids.numel() - len(step_ids)
+            state["window"] = (first + per_step) * length
+            state["seconds"] += time.perf_counter() - begin
+            bar.update(step_ids.numel() - len(step_ids))
+            if state["step"] % 100 == 0:
+                report = {**state, "loss": loss, "val_loss": validation_loss(run_blocks, head_weight, held_out, args)}
+                args.work_dir.mkdir(parents=True, exist_ok=True)
+                with log_file.open("a") as log:
+                    log.write(json.dumps(report) + "\n")
+                bar.set_postfix(loss=f"{loss:.3f}", val=f"{report['val_loss']:.3f}")
+                save_checkpoint(checkpoint, model, optimizers, state)
+        else:
+            state["epoch"], state["window"] = state["epoch"] + 1, 0
+    bar.close()
+    final = validation_loss(run_blocks, head_weight, held_out, args)
+    print(f"validation loss {final:.3f} nats a token, perplexity {math.exp(final):.1f}")
+    save_checkpoint(checkpoint, model, optimizers, state)
+    export(model, tokenizer, args.output_dir)
+
+
+def export(model: MiniMindForCausalLM, tokenizer, folder: Path) -> None:
+    """Write the Hugging Face folder in bfloat16."""
+    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    print(f"{folder}: {size:.1f} MiB")
+
+
+if __name__ == "__main__":
+    np.random.seed(0)
+    train(parse_arguments())
