@@ -381,11 +381,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T) ids to predict, -100 where there is none; shifted here. Adds `loss`, the mean a token.
-            logits_to_keep: only the last so many positions (0: all), or the indices of the positions.
+            logits_to_keep: only the last so many positions (0: all), or a bool mask (B, T) of the positions,
+                which gives logits (positions, V): the head over a large vocabulary runs on nothing else.
         """
         outputs = self.model(input_ids, attention_mask, **model_arguments)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        kept = (..., slice(-logits_to_keep, None), slice(None)) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

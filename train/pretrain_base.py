@@ -90,9 +90,7 @@ def prepare(args: argparse.Namespace):
     tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
     held_out, training = documents[::100], [d for i, d in enumerate(documents) if i % 100]
     language = corpus.language_sequences(training, tokenizer)
-    tasks = corpus.label_reading_sequences(
-        training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed
-    )
+    tasks = corpus.label_reading_sequences(training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed)
     epochs = [language + tasks[epoch :: args.epochs] for epoch in range(args.epochs)]
     return tokenizer, epochs, corpus.language_sequences(held_out, tokenizer)
 
@@ -141,9 +139,7 @@ def summed_loss(model, head_weight, ids, weights, args) -> torch.Tensor:
     with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bfloat16"):
         hidden = model(ids[:, :-1]).last_hidden_state
     head = head_weight.to(hidden.dtype)
-    return ChunkedCrossEntropy.apply(
-        hidden.flatten(0, 1), head, ids[:, 1:].flatten(), weights[:, 1:].flatten()
-    )
+    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, ids[:, 1:].flatten(), weights[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -201,9 +197,7 @@ def train(args: argparse.Namespace) -> None:
             step_ids, step_weights = ids[first : first + per_step], weights[first : first + per_step]
             normalizer = float(step_weights[:, 1:].sum())
             loss = 0.0
-            for micro_ids, micro_weights in zip(
-                step_ids.split(per_micro), step_weights.split(per_micro), strict=True
-            ):
+            for micro_ids, micro_weights in zip(step_ids.split(per_micro), step_weights.split(per_micro), strict=True):
                 micro_loss = summed_loss(run_blocks, head_weight, micro_ids, micro_weights, args) / normalizer
                 micro_loss.backward()
                 loss += micro_loss.item()

@@ -1,0 +1,420 @@
+"""Reading news files the way they are downloaded: tables with or without a header, JSONL, Parquet.
+
+Nothing has to be edited first and nothing gets lost: a row that cannot be read is set aside with its line, the reason
+and the beginning of what stands there, and the file is read on from the next line.
+"""
+
+import codecs
+import csv
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataset.rows import DataError
+
+# Column names are compared without case, spaces, hyphens and underscores: "Class Index" is "classindex".
+TEXT_NAMES = {"text", "content", "article", "body", "description", "news", "sentence", "review"}
+TEXT_NAMES |= {"文本", "内容", "正文", "新闻"}
+LABEL_NAMES = {"label", "category", "class", "classindex", "topic", "target", "section", "labeltext", "labelname"}
+LABEL_NAMES |= {"标签", "类别", "分类"}
+TITLE_NAMES = {"title", "headline", "标题"}
+DOCUMENT_NAMES = {"filename", "articleid", "documentid", "docid", "id", "文件名"}
+
+AG_NEWS_COLUMNS = ["class index", "title", "description"]
+AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
+
+RAW_CUT = 200  # characters of a removed row that are kept for reading
+SAMPLE_ROWS = 50  # rows that decide on delimiter and header
+# A quote that is never closed must not swallow the file: a record that spans more lines is broken.
+LONGEST_RECORD = 200  # lines
+LONGEST_FIELD = 1 << 24  # characters
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the file: where it begins, its label and title, and the name of the article that it is part of."""
+
+    line: int
+    text: str
+    label: str
+    title: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A row that goes no further: its line, why, how it begins, and the line of the row that stays in its place."""
+
+    line: int
+    reason: str
+    text: str
+    twin: int | None = None
+
+
+@dataclass
+class RawFile:
+    """What a file held. `lines_in` = `documents` + `rejected` + `blank_lines`; a record counts as one line.
+
+    Attributes:
+        format: "comma-separated", "tab-separated", "JSON lines", …, for people to read.
+        columns: which column is taken as text, label, title and document.
+        header_lines, continuation_lines: the lines of the file that begin no record.
+    """
+
+    path: Path
+    format: str
+    columns: dict[str, str]
+    lines_in: int
+    header_lines: int = 0
+    continuation_lines: int = 0
+    documents: list[Document] = field(default_factory=list)
+    rejected: list[Removed] = field(default_factory=list)
+    blank_lines: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_raw(
+    path: str | Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    class_names: str | Path | list[str] | None = None,
+    encoding: str = "utf-8",
+) -> RawFile:
+    """Read a file of labelled texts: CSV, TSV, AG News, THUCNews, JSONL or Parquet.
+
+    Args:
+        text_column, label_column: by name where the usual names do not tell. A number counts columns from 1
+            and says that the file has no header.
+        class_names: names for a column of class numbers: a list, or a file with one name a line. Without it a
+            `class.txt` beside the file is taken, and AG News has its own four.
+        encoding: of text files; a byte-order mark is accepted.
+
+    Raises:
+        DataError: the file as a whole cannot be used. A single bad row is set aside in `rejected` instead.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    asked = {"text": text_column, "label": label_column}
+    if path.suffix.lower() == ".parquet":
+        raw = _read_parquet(path, asked)
+    else:
+        lines = _decode_lines(path, encoding)
+        json_lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+        raw = _read_json_lines(path, lines, asked) if json_lines else _read_table(path, lines, asked)
+    _name_classes(raw, class_names)
+    accounted = len(raw.documents) + len(raw.rejected) + len(raw.blank_lines)
+    if accounted != raw.lines_in:
+        raise RuntimeError(f"{path}: {raw.lines_in} lines read, {accounted} accounted for")
+    if not raw.documents:
+        reasons = f"; line {raw.rejected[0].line}: {raw.rejected[0].reason}" if raw.rejected else ""
+        raise DataError(f"{path}: no row could be read{reasons}")
+    raw.rejected.sort(key=lambda row: row.line)
+    return raw
+
+
+def _decode_lines(path: Path, encoding: str) -> list[str]:
+    """The lines of a text file. Undecodable bytes become lone surrogates, which `_unreadable` finds again."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not data.strip():
+        raise DataError(f"{path}: the file is empty")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
+    try:
+        text = data.decode(encoding, errors="surrogateescape")
+    except (LookupError, UnicodeError) as error:
+        raise DataError(f"{path}: cannot be read as {encoding!r} ({error})") from None
+    lines = text.split("\n") if "\n" in text else text.split("\r")
+    lines = [line.removesuffix("\r") for line in lines]
+    if not lines[-1]:
+        lines.pop()  # what follows the last line break is no line
+    bad = [number for number, line in enumerate(lines, start=1) if _unreadable(line)]
+    if 2 * len(bad) > len(lines):
+        raise DataError(
+            f"{path}:{bad[0]}: {len(bad)} of {len(lines)} lines are not {encoding}; "
+            "is it a text file? If so, name its encoding, for example encoding=gb18030"
+        )
+    return lines
+
+
+def _unreadable(text: str) -> str:
+    """Why a piece of text cannot be used, or an empty string."""
+    if broken := re.search("[\ud800-\udfff]", text):
+        code = ord(broken[0])
+        is_byte = 0xDC80 <= code <= 0xDCFF
+        return f"a byte that cannot be decoded ({code - 0xDC00:#04x})" if is_byte else "half a surrogate pair"
+    return "a NUL character" if "\0" in text else ""
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> RawFile:
+    field_limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        delimiter = _find_delimiter(path, lines)
+        first = next(number for number, line in enumerate(lines) if line.strip())
+        head, head_lines, problem = _read_record(lines, first, delimiter)
+        if head is None:
+            raise DataError(f"{path}:{first + 1}: the first line cannot be read: {problem}")
+        columns, has_header = _name_columns(path, head, lines[first : first + SAMPLE_ROWS], delimiter, asked)
+        roles = _find_roles(path, columns, asked)
+        names = {"\t": "tab-separated", ",": "comma-separated", ";": "semicolon-separated"}
+        raw = RawFile(path, names[delimiter], roles, lines_in=len(lines))
+        if has_header:
+            raw.header_lines = head_lines
+            raw.lines_in -= head_lines
+        else:
+            raw.format += ", no header"
+        breaks_are_backslashes = [name.casefold() for name in columns] == AG_NEWS_COLUMNS
+
+        raw.blank_lines.extend(range(1, first + 1))
+        position = first + (head_lines if has_header else 0)
+        with tqdm(total=len(lines), initial=position, desc="reading", unit="line", delay=1, leave=False) as bar:
+            while position < len(lines):
+                number, used = position + 1, 1
+                if not lines[position].strip():
+                    raw.blank_lines.append(number)
+                else:
+                    fields, used, problem = _read_record(lines, position, delimiter, len(columns))
+                    record = "\n".join(lines[position : position + used])
+                    if fields is None:
+                        raw.rejected.append(Removed(number, problem, record[:RAW_CUT]))
+                    else:
+                        if breaks_are_backslashes:
+                            fields = [re.sub(r"\\+", " ", value) for value in fields]
+                        _add(raw, number, dict(zip(columns, fields, strict=True)), record)
+                raw.continuation_lines += used - 1
+                position += used
+                bar.update(used)
+        raw.lines_in -= raw.continuation_lines
+        return raw
+    finally:
+        csv.field_size_limit(field_limit)
+
+
+def _read_record(
+    lines: list[str], start: int, delimiter: str, columns: int | None = None
+) -> tuple[list[str] | None, int, str]:
+    """The record that begins at `lines[start]`: its fields, how many lines it takes, what is wrong with it.
+
+    A broken record takes one line, so that reading goes on right behind it.
+    """
+    if delimiter == "\t":
+        # Tab-separated files are usually written without quoting: a quote is a character like any other.
+        fields = lines[start].split("\t")
+        if columns is None or len(fields) == columns:
+            return [_unquote(value) for value in fields], 1, ""
+    end = min(len(lines), start + LONGEST_RECORD)
+    reader = csv.reader((lines[number] + "\n" for number in range(start, end)), delimiter=delimiter, strict=True)
+    try:
+        fields = next(reader)
+    except csv.Error as error:
+        return None, 1, f"broken quotes ({error})"
+    if columns is not None and len(fields) != columns:
+        return None, 1, f"{len(fields)} fields instead of {columns}"
+    return fields, reader.line_num, ""
+
+
+def _unquote(value: str) -> str:
+    """Undo the quoting of programs that do quote in tab-separated files: outer quotes, every inner one doubled."""
+    inner = value[1:-1]
+    quoted = len(value) > 2 and value[0] == value[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else value
+
+
+def _find_delimiter(path: Path, lines: list[str]) -> str:
+    """The delimiter that cuts most of the first lines into as many fields as the very first one."""
+    sample = [line for line in lines[:SAMPLE_ROWS] if line.strip()]
+
+    def regular_lines(delimiter: str) -> int:
+        counts = [len(next(csv.reader([line], delimiter=delimiter))) for line in sample]
+        return sum(count == counts[0] for count in counts) if counts[0] > 1 else 0
+
+    best = max("\t,;", key=regular_lines)
+    if not regular_lines(best):
+        raise DataError(f"{path}:1: no tab, comma or semicolon separates columns in {sample[0][:80]!r}")
+    return best
+
+
+def _name_columns(
+    path: Path, head: list[str], sample: list[str], delimiter: str, asked: dict[str, str | None]
+) -> tuple[list[str], bool]:
+    """Column names, and whether the first line holds them."""
+    if any(name is not None and name.isdecimal() for name in asked.values()):
+        return [str(number) for number in range(1, len(head) + 1)], False
+    known = TEXT_NAMES | LABEL_NAMES | TITLE_NAMES | DOCUMENT_NAMES
+    if any(_plain(name) in known or name in asked.values() for name in head):
+        repeated = {name for name in head if head.count(name) > 1}
+        if repeated:
+            raise DataError(f"{path}:1: the header names a column twice: {', '.join(sorted(repeated))}")
+        return [name.strip() for name in head], True
+
+    records = [_read_record(sample, number, delimiter, len(head))[0] for number in range(len(sample))]
+    records = [fields for fields in records if fields is not None]
+
+    def holds_numbers(column: int) -> bool:
+        numbers = sum(fields[column].strip().isdecimal() for fields in records)
+        return head[column].strip().isdecimal() and 10 * numbers >= 9 * len(records)
+
+    if len(head) == 3 and holds_numbers(0):
+        return AG_NEWS_COLUMNS, False
+    if len(head) == 2 and holds_numbers(1):
+        return ["text", "class index"], False
+    if len(head) == 2 and holds_numbers(0):
+        return ["class index", "text"], False
+    return head, True
+
+
+# --- JSON lines and Parquet -----------------------------------------------------------------------------------------
+
+
+def _read_json_lines(path: Path, lines: list[str], asked: dict[str, str | None]) -> RawFile:
+    if lines[0].lstrip().startswith("["):
+        raise DataError(f"{path}: a JSON array; write one JSON object a line (.jsonl)")
+    raw = RawFile(path, "JSON lines", {}, lines_in=len(lines))
+    records = []
+    for number, line in enumerate(tqdm(lines, desc="reading", unit="line", delay=1, leave=False), start=1):
+        if not line.strip():
+            raw.blank_lines.append(number)
+            continue
+        try:
+            fields = json.loads(line)
+            problem = "" if isinstance(fields, dict) else "no JSON object"
+        except (ValueError, RecursionError) as error:
+            problem = f"broken JSON ({error})"
+        if problem:
+            raw.rejected.append(Removed(number, problem, _writable(line[:RAW_CUT])))
+        else:
+            records.append((number, fields, line))
+    columns = list(dict.fromkeys(name for _, fields, _ in records[:SAMPLE_ROWS] for name in fields))
+    raw.columns = _find_roles(path, columns, asked)
+    for number, fields, line in records:
+        _add(raw, number, fields, line)
+    return raw
+
+
+def _read_parquet(path: Path, asked: dict[str, str | None]) -> RawFile:
+    import pandas  # only this format needs it
+
+    try:
+        table = pandas.read_parquet(path)
+    except ImportError:
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow (pip install pyarrow); or save the table as CSV or JSON lines"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
+    raw = RawFile(path, "Parquet", _find_roles(path, [str(name) for name in table], asked), lines_in=len(table))
+    table.columns = [str(name) for name in table]
+    for number, fields in enumerate(table.to_dict("records"), start=1):
+        _add(raw, number, fields, str(fields))
+    return raw
+
+
+# --- records to documents -------------------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _find_roles(path: Path, columns: list[str], asked: dict[str, str | None]) -> dict[str, str]:
+    """Which column holds the text, the label, the title and the article's name; the last two are optional."""
+    listed = ", ".join(columns) or "none"
+    found = {}
+    for role, names in (("text", TEXT_NAMES), ("label", LABEL_NAMES), ("title", TITLE_NAMES)):
+        if asked.get(role) is not None:
+            if asked[role] not in columns:
+                raise DataError(f"{path}: no column {asked[role]!r}; the columns are: {listed}")
+            found[role] = [asked[role]]
+        else:
+            found[role] = [name for name in columns if _plain(name) in names and name not in asked.values()]
+    if not found["text"]:
+        found["text"], found["title"] = found["title"], []  # a file of headlines
+    for role in ("text", "label"):
+        if len(found[role]) != 1:
+            doubt = f"{' or '.join(found[role])}?" if found[role] else "no usual name among them."
+            raise DataError(
+                f"{path}: which column is the {role}: {doubt} The columns are: {listed}. "
+                "Say text_column=... label_column=..."
+            )
+    found["document"] = [name for name in columns if _plain(name) in DOCUMENT_NAMES and name not in asked.values()]
+    return {role: names[0] for role, names in found.items() if names}
+
+
+def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
+    """Turn one record into a document, or set it aside."""
+    values, problem = {}, _unreadable(record)
+    for role, column in raw.columns.items():
+        value = fields.get(column)
+        if isinstance(value, int) and not isinstance(value, bool) and role != "text":
+            value = str(value)
+        if (value is None or value != value) and role in (
+            "title",
+            "document",
+        ):  # a table's gaps are NaN, unequal to itself
+            value = ""
+        if not isinstance(value, str):
+            kind = "missing" if value is None or value != value else f"not a string but {str(value)[:40]}"
+            problem = problem or f"`{column}` is {kind}"
+            continue
+        values[role] = value
+        problem = problem or _unreadable(value)
+    if not problem and not values["label"].strip():
+        problem = f"no label in `{raw.columns['label']}`"
+    if problem:
+        raw.rejected.append(Removed(line, problem, _writable(record[:RAW_CUT])))
+        return
+    name = values.get("document", "").strip()
+    if name and _plain(raw.columns["document"]) == "filename":
+        name = f"{values['label'].strip().casefold()}/{name}"  # BBC counts its files anew in every category
+    raw.documents.append(Document(line, values["text"], values["label"], values.get("title", ""), name))
+
+
+def _writable(text: str) -> str:
+    """Text that UTF-8 can hold: bytes that could not be decoded become replacement characters."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> None:
+    """Put names in the place of class numbers; a row whose number has no name is set aside."""
+    numbers = [int(row.label) for row in raw.documents if row.label.strip().isdecimal()]
+    if 10 * len(numbers) < 9 * len(raw.documents) or not raw.documents:
+        if class_names is not None:
+            raise DataError(f"{raw.path}: class_names are given, but labels are words: {raw.documents[0].label!r}")
+        return
+    beside = raw.path.parent / "class.txt"
+    if isinstance(class_names, list):
+        names = class_names
+    elif class_names is not None or beside.is_file():
+        source = Path(class_names) if class_names is not None else beside
+        if not source.is_file():
+            raise DataError(f"{source}: no such file of class names")
+        names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        raw.notes.append(f"class names from {source.name}: {', '.join(names)}")
+    elif set(numbers) == {1, 2, 3, 4}:
+        names = AG_NEWS_CLASSES
+        raw.notes.append(f"class numbers 1 to 4 read as AG News: {', '.join(names)}")
+    else:
+        raise DataError(
+            f"{raw.path}: labels are class numbers ({min(numbers)} to {max(numbers)}); name them with "
+            "class_names=FILE, one name a line in the order of the numbers"
+        )
+    if 0 not in numbers and len(names) not in numbers:
+        raise DataError(
+            f"{raw.path}: {len(names)} class names, but neither class 0 nor class {len(names)} occurs: "
+            "it is unclear whether counting starts at 0 or 1"
+        )
+    first = 0 if 0 in numbers else 1
+    documents = []
+    for row in raw.documents:
+        number = int(row.label) - first if row.label.strip().isdecimal() else -1
+        if 0 <= number < len(names):
+            documents.append(replace(row, label=names[number]))
+        else:
+            raw.rejected.append(Removed(row.line, f"class {row.label.strip()!r} has no name", row.text[:RAW_CUT]))
+    raw.documents = documents

@@ -1,0 +1,51 @@
+"""Scores of every label for many rows, spread over the processes, and the figures that follow from them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from sklearn.metrics import f1_score
+from tqdm import tqdm
+
+from dataset.classification_dataset import Example, collate, scoring_batches
+from dataset.prompts import Prompt
+from model.label_scoring import label_log_probabilities
+from train import distributed
+
+
+def language_scorer(model, prompt: Prompt) -> Callable:
+    """batch -> (B, C) log-probabilities of the labels' token sequences; for every method that answers in words."""
+    return lambda batch: label_log_probabilities(model, batch, prompt.label_ids)
+
+
+def score_examples(
+    scorer: Callable, examples: Sequence[Example], prompt: Prompt, device: str, progress_bar: bool = False
+) -> torch.Tensor:
+    """(N, C) float32 log scores of all rows in their order; each row is scored once, by one of the processes."""
+    mine = range(distributed.rank(), len(examples), distributed.world_size())
+    lengths = [len(examples[index].ids) for index in mine]
+    scores = torch.zeros(len(examples), len(prompt.labels))
+    bar = tqdm(total=len(mine), unit="text", disable=not progress_bar or not distributed.is_main(), leave=False)
+    for positions in scoring_batches(lengths):
+        indices = [mine[position] for position in positions]
+        batch = collate([examples[index] for index in indices], prompt, device, with_answers=False)
+        scores[indices] = scorer(batch).float().cpu()
+        bar.update(len(indices))
+    bar.close()
+    return torch.stack(distributed.gather(scores)).sum(0)  # every row is zero but on one process
+
+
+def probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """(N, C): the scores as a distribution over the labels."""
+    return scores.softmax(dim=-1)
+
+
+def validation_scores(scores: torch.Tensor, examples: Sequence[Example]) -> dict[str, float]:
+    """Accuracy, macro-F1 and the mean negative log-probability of the right label among the labels (nats a text)."""
+    gold = torch.tensor([example.label for example in examples])
+    predicted = scores.argmax(-1)
+    loss = -scores.log_softmax(-1).gather(1, gold[:, None]).mean()
+    return {
+        "accuracy": float((predicted == gold).float().mean()),
+        "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
+        "loss": float(loss),
+    }
