@@ -1,7 +1,7 @@
 """Rows -> examples -> batches.
 
-An example is what follows the shared prefix: text, suffix and, in training, the label's tokens. Batches hold rows of similar
-length, padded on the right to their own longest row.
+An example is what follows the shared prefix: text, suffix and, in training, the label's tokens. Batches hold rows
+of similar length, padded on the right to their own longest row.
 """
 
 import random

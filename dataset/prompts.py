@@ -2,11 +2,11 @@
 
 A prompt is three runs of token ids, joined and never searched for:
 
-    prefix (instruction and label list)  |  text (the only part that is ever cut)  |  suffix (end of turn, answer begins)
+    prefix (instruction and label list) | text (the only part that is ever cut) | suffix (end of turn, answer begins)
 
-and behind it stand a label's ids with the end token. The prefix is the same for every row of a run, so that its keys and
-values can be computed once. In the label list each label has a line of its own: a label behind a line break has the same
-token ids there as in the answer, which follows the line break of the assistant's turn.
+and behind it stand a label's ids with the end token. The prefix is the same for every row of a run, so that its keys
+and values can be computed once. In the label list each label has a line of its own: a label behind a line break has
+the same token ids there as in the answer, which follows the line break of the assistant's turn.
 """
 
 import re

@@ -383,11 +383,12 @@ def _writable(text: str) -> str:
 def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> None:
     """Put names in the place of class numbers; a row whose number has no name is set aside."""
     numbers = [int(row.label) for row in raw.documents if row.label.strip().isdecimal()]
-    if 10 * len(numbers) < 9 * len(raw.documents) or not raw.documents:
-        if class_names is not None:
+    if not numbers or 10 * len(numbers) < 9 * len(raw.documents):
+        if class_names is not None and raw.documents:
             raise DataError(f"{raw.path}: class_names are given, but labels are words: {raw.documents[0].label!r}")
         return
     beside = raw.path.parent / "class.txt"
+    is_ag_news = [_plain(raw.columns.get(role, "")) for role in ("title", "text")] == ["title", "description"]
     if isinstance(class_names, list):
         names = class_names
     elif class_names is not None or beside.is_file():
@@ -396,7 +397,7 @@ def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> N
             raise DataError(f"{source}: no such file of class names")
         names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         raw.notes.append(f"class names from {source.name}: {', '.join(names)}")
-    elif set(numbers) == {1, 2, 3, 4}:
+    elif set(numbers) == {1, 2, 3, 4} and is_ag_news:
         names = AG_NEWS_CLASSES
         raw.notes.append(f"class numbers 1 to 4 read as AG News: {', '.join(names)}")
     else:

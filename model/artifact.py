@@ -48,7 +48,7 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: at every moment `path` is whole, the old file or the new one."""
+    """Write to a temporary name, flush to disk, rename: `path` is whole at every moment, the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
@@ -184,7 +184,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def load_tokenizer(weight: str | Path, tokenizer: str | Path | None = None):
-    """The tokenizer that belongs to `weight`: the one given, else beside the weights, else in `model/` as MiniMind keeps it.
+    """The tokenizer of `weight`: the one given, else beside the weights, else in `model/` where MiniMind keeps it.
 
     Raises:
         CheckpointError: none is found.
@@ -193,7 +193,7 @@ def load_tokenizer(weight: str | Path, tokenizer: str | Path | None = None):
     places = [Path(tokenizer)] if tokenizer else [folder, BUNDLED_BASE.parent]
     for place in places:
         if (place / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(place)
+            return PreTrainedTokenizerFast.from_pretrained(place)
     raise CheckpointError(
         f"no tokenizer.json in {' or '.join(map(str, places))}: give the tokenizer of {weight} with --tokenizer"
     )
@@ -224,8 +224,8 @@ def check_pairing(model: MiniMindForCausalLM, tokenizer, texts: list[str]) -> fl
     loss, chance = total / max(count, 1), math.log(model.config.vocab_size)
     if not loss < chance:
         raise CheckpointError(
-            f"the base's loss on these texts is {loss:.2f} nats a token, no better than chance ({chance:.2f}): tokenizer "
-            "and weights do not belong together (--allow_mismatch goes on all the same)"
+            f"the base's loss on these texts is {loss:.2f} nats a token, no better than chance ({chance:.2f}): "
+            "tokenizer and weights do not belong together (--allow_mismatch goes on all the same)"
         )
     return loss
 
@@ -233,7 +233,7 @@ def check_pairing(model: MiniMindForCausalLM, tokenizer, texts: list[str]) -> fl
 def compute_dtype(name: str, device: str) -> torch.dtype:
     """The type of frozen weights and activations: "bfloat16", "float32", or for "auto" the faster one on `device`.
 
-    On a CPU that is bfloat16 only with AMX tiles: without them its products were slower than float32's wherever measured.
+    On a CPU that is bfloat16 only with AMX tiles: without them its products measured slower than float32's.
     """
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

@@ -1,9 +1,9 @@
-"""What a language model says about labels: the training loss of an answer, the score of every label, a greedy answer.
+"""What a language model says about labels: the loss of an answer, the score of every label, a greedy answer.
 
-All three share one way through the model. The prompt's prefix (instruction and label list) is the same for every text, so it
-runs once a batch and its keys and values are shared by all rows; gradients flow back into it from each of them. Behind it
-stand the rows' own tokens, padded on the right: no real token looks at padding, so a row's result does not depend on its
-neighbours. `model` is anything that is called like `MiniMindForCausalLM`.
+All three share one way through the model. The prompt's prefix (instruction and label list) is the same for every text,
+so it runs once a batch and its keys and values are shared by all rows; gradients flow back into it from each of them.
+Behind it stand the rows' own tokens, padded on the right: no real token looks at padding, so a row's result does not
+depend on its neighbours. `model` is anything that is called like `MiniMindForCausalLM`.
 
 Shapes: B rows, P prefix tokens, T own tokens of the longest row, L label tokens of all labels together, C labels.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 def encode_rows(model, prefix_ids: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: torch.Tensor):
-    """Run prefix (P,) and rows (B, T): logits (kept, V) where the bool mask (B, T) says so, and the cache behind all."""
+    """Run prefix (P,) and rows (B, T): logits (kept, V) where the mask (B, T) says so, and the cache behind all."""
     cache = model(input_ids=prefix_ids[None], use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(input_ids))
     output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)

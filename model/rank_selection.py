@@ -1,12 +1,13 @@
 """Choosing a LoRA rank for every layer from the spectrum of its gradient.
 
 The gradient of a layer's weight shows which directions the task wants to change. Averaged over a few batches, matrix G
-goes through a randomized SVD (Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061); its rank is the smallest r whose
-singular values hold the share tau of the whole energy:
+goes through a randomized SVD (Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061); its rank is the smallest
+r whose singular values hold the share tau of the whole energy:
 
     sigma_1^2 + ... + sigma_r^2  >=  tau * ||G||_F^2
 
-The right side is the energy of all of G, not of the k values that were computed: dividing by the latter would ask for too little.
+The right side is the energy of all of G, not of the k values that were computed: with the latter as the whole, the rank
+would come out too low.
 """
 
 import json

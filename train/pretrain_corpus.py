@@ -1,7 +1,7 @@
-"""What `pretrain_base.py` trains on: a tokenizer, token streams, label-reading tasks and first embeddings, all from one corpus.
+"""What `pretrain_base.py` trains on, all from one corpus: tokenizer, token streams, label-reading tasks, embeddings.
 
-The corpus is JSONL (or .jsonl.xz / .jsonl.gz), one document `{"book": ..., "text": ...}` a line; every line of `text` is a
-paragraph, and a line that begins with `# ` is the heading of what follows.
+The corpus is JSONL (or .jsonl.xz / .jsonl.gz), one document `{"book": ..., "text": ...}` a line; every line of `text`
+is a paragraph, and a line that begins with `# ` is the heading of what follows.
 """
 
 import collections

@@ -1,7 +1,7 @@
 """Checkpoints of a run: where it stands, in one file that is whole at every moment, and the way back.
 
-A checkpoint holds the trained parameters, the optimizer's state, the best state so far, `Progress`, and the identity of the
-run: data, base, method and every flag that changes a number. Resuming with anything else is refused.
+A checkpoint holds the trained parameters, the optimizer's state, the best state so far, `Progress`, and the identity of
+the run: data, base, method and every flag that changes a number. Resuming with anything else is refused.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def checkpoint_path(args) -> Path:
 
 def run_identity(args, lengths: Sequence[int]) -> dict:
     """The flags that change the numbers of a run, and the shape of its data."""
-    names = "epochs batch_size accumulation_steps learning_rate weight_decay warmup_ratio grad_clip patience seed max_seq_len"
+    names = "epochs batch_size accumulation_steps learning_rate weight_decay warmup_ratio grad_clip patience seed"
     flags = {name: getattr(args, name) for name in names.split()}
     row_lengths = hashlib.sha256(json.dumps(list(lengths)).encode()).hexdigest()
     return {**flags, "row_lengths": row_lengths, "processes": distributed.world_size()}

@@ -5,7 +5,8 @@
     python train/train_lora.py --data_path train.csv --val_path val.csv --from_weight full_sft
     torchrun --nproc_per_node 2 train/train_lora.py                 # several processes, one or many machines
 
-Writes the artifact out/lora/lora_classifier_<hidden>.safetensors, its rank map (JSON), the rank report and the learning curve (PNG).
+Writes the artifact out/lora/lora_classifier_<hidden>.safetensors and beside it its rank map (JSON), the spectra and the
+learning curve (PNG).
 """
 
 import json

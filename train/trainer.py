@@ -3,8 +3,8 @@
 It never asks which method it runs. A script hands it a model whose trained parameters require gradients, a
 `loss(batch) -> (summed loss, number of targets)`, a `collate(indices) -> batch`, and a `validate() -> scores`.
 
-Randomness is stateless: the order of an epoch follows from (seed, epoch), dropout from (seed, epoch, step, micro-batch).
-A run that is killed and resumed (`train/resume.py`) therefore ends in the same bits as one that was not.
+Randomness is stateless: the order of an epoch follows from (seed, epoch), dropout from (seed, epoch, step,
+micro-batch). A run that is killed and resumed (`train/resume.py`) therefore ends in the same bits as one that was not.
 """
 
 import hashlib

@@ -1,0 +1,325 @@
+"""From a raw news file to training data: read, clean, drop duplicates, split, chunk, report, write.
+
+    python dataset/prepare.py dataset/raw_sample.csv --output_dir dataset/prepared
+    python dataset/prepare.py bbc-news-data.csv --output_dir dataset/bbc --chunk_words 200
+    python dataset/prepare.py thucnews/train.txt --class_names thucnews/class.txt --output_dir dataset/thucnews
+
+writes train.jsonl, val.jsonl and test.jsonl (rows of text, label, title and document), rejects.jsonl (what could not be
+read, and why) and report.json. The same file and settings give the same bytes. `data_process.ipynb` walks through the
+same steps with pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.duplicates import NEAR, find_near_duplicates
+from dataset.read_raw import RAW_CUT, Document, RawFile, Removed, read_raw
+from dataset.report import data_report
+from dataset.rows import DataError
+from dataset.text import chunk_text, clean_label, clean_text, fold, is_empty
+
+SPLITS = ("train", "val", "test")
+Splits = dict[str, list[Document]]
+
+
+def clean(documents: list[Document]) -> tuple[list[Document], list[Removed], dict[str, str]]:
+    """Clean texts, titles and labels.
+
+    Spellings of a label that differ in case only become the most frequent one. A document without a name is named
+    after its line.
+
+    Returns:
+        The documents, the empty ones that were dropped, and the spellings that changed: {"Tech": "tech"}.
+    """
+    spellings = Counter(clean_label(document.label) for document in documents)
+    usual: dict[str, str] = {}
+    for spelling in sorted(spellings, key=lambda spelling: (spellings[spelling], spelling)):
+        usual[spelling.casefold()] = spelling  # the most frequent one comes last and stays
+    kept, dropped = [], []
+    for document in documents:
+        text = clean_text(document.text)
+        if is_empty(text):
+            dropped.append(Removed(document.line, "empty text", document.text[:RAW_CUT]))
+            continue
+        label = usual[clean_label(document.label).casefold()]
+        name = document.name or f"line {document.line}"
+        kept.append(Document(document.line, text, label, clean_text(document.title), name))
+    changed = {document.label: usual[clean_label(document.label).casefold()] for document in documents}
+    return kept, dropped, {raw: label for raw, label in sorted(changed.items()) if raw != label}
+
+
+def drop_duplicates(documents: list[Document], near: float = NEAR) -> tuple[list[Document], list[Removed]]:
+    """Keep the first of texts that are the same but for case, spaces and punctuation, or nearly the same.
+
+    The same text under different labels is dropped altogether: nobody can say which label is right.
+
+    Args:
+        near: Jaccard similarity of three-word shingles from which texts are near duplicates; above 1 keeps them.
+    """
+    same_text = defaultdict(list)
+    for document in documents:
+        same_text[fold(document.text)].append(document)
+    unique, dropped = [], []
+    for first, *others in same_text.values():
+        conflict = any(other.label != first.label for other in others)
+        if conflict:
+            dropped.append(_removed(first, "same text under different labels", others[0]))
+        else:
+            unique.append(first)
+        reason = "same text under different labels" if conflict else "exact duplicate"
+        dropped += [_removed(other, reason, first) for other in others]
+
+    twins = find_near_duplicates([document.text for document in unique], near) if near <= 1 else [None] * len(unique)
+    kept = []
+    for document, twin in zip(unique, twins, strict=True):
+        if twin is None:
+            kept.append(document)
+        else:
+            other_label = document.label != unique[twin].label
+            reason = "near duplicate under another label" if other_label else "near duplicate"
+            dropped.append(_removed(document, reason, unique[twin]))
+    return kept, sorted(dropped, key=lambda row: row.line)
+
+
+def _removed(document: Document, reason: str, twin: Document) -> Removed:
+    return Removed(document.line, reason, document.text[:RAW_CUT], twin.line)
+
+
+def split_documents(
+    documents: list[Document], seed: int = 42, val_share: float = 0.1, test_share: float = 0.1
+) -> Splits:
+    """Split by document into train, val and test, each class in the same proportion.
+
+    The order within a class follows from the seed and the texts alone, so neither the order of the file nor a new
+    row elsewhere changes where a document goes (but for the few at the border). A class of three documents or more
+    has at least one in every split; of a smaller class all go to train.
+
+    Raises:
+        DataError: shares out of range, or fewer than two classes.
+    """
+    if min(val_share, test_share) < 0 or val_share + test_share >= 1:
+        raise DataError(f"val_share {val_share} and test_share {test_share} must leave something to train on")
+    labels = sorted({document.label for document in documents})
+    if len(labels) < 2:
+        raise DataError(f"a classification needs at least two labels, found {', '.join(labels) or 'none'}")
+
+    groups = defaultdict(list)
+    for document in documents:
+        groups[document.name].append(document)
+    by_label = defaultdict(list)
+    for group in groups.values():
+        (label, _), *_ = Counter(document.label for document in group).most_common(1)
+        key = hashlib.blake2b(f"{seed}\n{fold(group[0].text)}".encode(), digest_size=16).hexdigest()
+        by_label[label].append((key, group))
+
+    keyed = {name: [] for name in SPLITS}
+    for keyed_groups in by_label.values():
+        keyed_groups.sort(key=lambda pair: pair[0])
+        test, val = _held_out(len(keyed_groups), val_share, test_share)
+        keyed["test"] += keyed_groups[:test]
+        keyed["val"] += keyed_groups[test : test + val]
+        keyed["train"] += keyed_groups[test + val :]
+    # Written in the order of the keys: the classes come mixed, also to someone who reads the first lines only.
+    return {
+        name: [document for _, group in sorted(pairs, key=lambda pair: pair[0]) for document in group]
+        for name, pairs in keyed.items()
+    }
+
+
+def _held_out(groups: int, val_share: float, test_share: float) -> tuple[int, int]:
+    """How many of a class's groups go to test and to val; at least one stays for train."""
+    if groups < 3:
+        return 0, 0
+    test = min(max(1, round(groups * test_share)), groups - 2) if test_share else 0
+    val = min(max(1, round(groups * val_share)), groups - test - 1) if val_share else 0
+    return test, val
+
+
+def chunk_splits(splits: Splits, most_words: int, near: float = NEAR) -> tuple[Splits, list[Removed], list[Removed]]:
+    """Cut long articles into chunks at sentence ends; the chunks of an article stay in its split.
+
+    Articles share paragraphs (a standing notice, a quoted statement), so chunks are freed of duplicates once more.
+
+    Args:
+        most_words: most words of a chunk (Chinese: characters).
+
+    Returns:
+        The splits, the chunks that were dropped, and the documents of which no chunk is left.
+    """
+    split_of = {document.name: name for name, documents in splits.items() for document in documents}
+    chunks = [
+        replace(document, text=chunk)
+        for documents in splits.values()
+        for document in documents
+        for chunk in chunk_text(document.text, most_words)
+    ]
+    kept, dropped = drop_duplicates(chunks, near)
+    chunked: Splits = {name: [] for name in splits}
+    for chunk in kept:
+        chunked[split_of[chunk.name]].append(chunk)
+    lines_left = {chunk.line for chunk in kept}
+    gone = [row for row in dropped if row.line not in lines_left]
+    emptied = {row.line: Removed(row.line, "all chunks are duplicates", row.text, row.twin) for row in gone}
+    return chunked, dropped, list(emptied.values())
+
+
+def count_lines(raw: RawFile, splits: Splits, dropped: list[Removed]) -> dict:
+    """Where every line of the file went: lines_in == kept + dropped + rejected.
+
+    Raises:
+        RuntimeError: the counts do not add up, which would be a fault of this module.
+    """
+    reasons = Counter(row.reason for row in dropped)
+    if raw.blank_lines:
+        reasons["blank line"] = len(raw.blank_lines)
+    counts = {
+        "lines_in": raw.lines_in,
+        "kept": len({document.line for documents in splits.values() for document in documents}),
+        "dropped": reasons.total(),
+        "rejected": len(raw.rejected),
+        "dropped_by_reason": dict(sorted(reasons.items())),
+        "rejected_by_reason": dict(sorted(Counter(row.reason for row in raw.rejected).items())),
+        "header_lines": raw.header_lines,
+        "continuation_lines": raw.continuation_lines,
+    }
+    if counts["lines_in"] != counts["kept"] + counts["dropped"] + counts["rejected"]:
+        raise RuntimeError(f"{raw.path}: the lines do not add up: {counts}")
+    return counts
+
+
+def write_splits(output_dir: str | Path, splits: Splits, rejected: list[Removed], report: dict) -> list[Path]:
+    """Write the three splits, the rejects and the report; files of an earlier run are replaced, never added to.
+
+    Every file is complete under a temporary name before the first one takes its place.
+    """
+    contents = {
+        f"{name}.jsonl": "".join(_json_line(_fields(document)) for document in documents)
+        for name, documents in splits.items()
+    }
+    contents["rejects.jsonl"] = "".join(
+        _json_line({"line": row.line, "reason": row.reason, "raw": row.text}) for row in rejected
+    )
+    contents["report.json"] = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    try:
+        for path, unfinished in temporary.items():
+            with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+                file.write(contents[path.name])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, unfinished in temporary.items():
+            os.replace(unfinished, path)
+    finally:
+        for unfinished in temporary.values():
+            unfinished.unlink(missing_ok=True)
+    return list(temporary)
+
+
+def _fields(document: Document) -> dict[str, str]:
+    fields = {"text": document.text, "label": document.label, "title": document.title, "document": document.name}
+    return {name: value for name, value in fields.items() if value}
+
+
+def _json_line(fields: dict) -> str:
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def prepare(
+    path: str | Path,
+    output_dir: str | Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    class_names: str | Path | list[str] | None = None,
+    encoding: str = "utf-8",
+    near: float = NEAR,
+    seed: int = 42,
+    val_share: float = 0.1,
+    test_share: float = 0.1,
+    chunk_words: int = 0,
+    tokenizer=None,
+    max_seq_len: int = 512,
+) -> dict:
+    """All steps from a raw file to written splits.
+
+    Args:
+        chunk_words: most words of a chunk (Chinese: characters); 0 leaves articles whole.
+        tokenizer: for the token counts of the report; without one they are left out.
+        max_seq_len: in tokens; the report says how many texts it cuts.
+
+    Returns:
+        What is written to report.json.
+
+    Raises:
+        DataError: the file cannot be used; nothing has been written.
+    """
+    raw = read_raw(path, text_column, label_column, class_names, encoding)
+    documents, dropped, spellings = clean(raw.documents)
+    documents, duplicates = drop_duplicates(documents, near)
+    splits = split_documents(documents, seed, val_share, test_share)
+    dropped = dropped + duplicates
+    dropped_chunks: list[Removed] = []
+    if chunk_words:
+        splits, dropped_chunks, emptied = chunk_splits(splits, chunk_words, near)
+        dropped = dropped + emptied
+    report = {
+        "file": raw.path.name,
+        "format": raw.format,
+        "columns": raw.columns,
+        "notes": raw.notes,
+        "settings": {
+            "near": near,
+            "seed": seed,
+            "val_share": val_share,
+            "test_share": test_share,
+            "chunk_words": chunk_words,
+        },
+        "lines": count_lines(raw, splits, dropped),
+        "label_spellings": spellings,
+        "dropped": [asdict(row) for row in sorted(dropped, key=lambda row: row.line)],
+        "dropped_chunks": dict(sorted(Counter(row.reason for row in dropped_chunks).items())),
+        **data_report(splits, tokenizer, max_seq_len),
+    }
+    write_splits(output_dir, splits, raw.rejected, report)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 3 for a file that cannot be used."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("file", help="CSV, TSV, AG News, THUCNews, JSONL or Parquet")
+    parser.add_argument("--output_dir", required=True, help="folder for the splits, the rejects and the report")
+    parser.add_argument("--text_column", help="by name, or counted from 1 in a file without a header")
+    parser.add_argument("--label_column", help="by name, or counted from 1 in a file without a header")
+    parser.add_argument("--class_names", help="file with one class name a line, for a column of class numbers")
+    parser.add_argument("--encoding", default="utf-8", help="of a text file, for example gb18030")
+    parser.add_argument("--near", type=float, default=NEAR, help="similarity of near duplicates; 2 keeps them")
+    parser.add_argument("--seed", type=int, default=42, help="of the split")
+    parser.add_argument("--val_share", type=float, default=0.1, help="share of the documents for validation")
+    parser.add_argument("--test_share", type=float, default=0.1, help="share of the documents for the test")
+    parser.add_argument("--chunk_words", type=int, default=0, help="most words (or Chinese characters) of a chunk; 0: whole")
+    parser.add_argument("--tokenizer", default=None, help="folder of a tokenizer; default: that of the bundled base")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="in tokens; the report counts the texts it cuts")
+    options = vars(parser.parse_args(arguments))
+    try:
+        tokenizer = _load_tokenizer(options.pop("tokenizer"))
+        report = prepare(options.pop("file"), **options)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 3
+    lines = report["lines"]
+    print("lines in {lines_in} = kept {kept} + dropped {dropped} + rejected {rejected}".format(**lines))
+    return 0

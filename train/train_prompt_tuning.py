@@ -1,0 +1,88 @@
+"""Fine-tune a MiniMind base for classification with prompt tuning: trained vectors at the start of every sequence.
+
+    python train/train_prompt_tuning.py                    # bundled base and data, 20 virtual tokens
+    python train/train_prompt_tuning.py --num_virtual_tokens 50 --prompt_init vocab
+
+Writes the artifact out/prompt_tuning/prompt_classifier_<hidden>.safetensors and beside it the learning curve (PNG).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataset.classification_dataset import collate, encode, load_splits
+from dataset.prompts import with_virtual_tokens
+from model.label_scoring import answer_loss
+from model.model_prompt_tuning import INITIALISATIONS, PromptTuningModel, initial_virtual_tokens
+from train import arguments, distributed, setup
+from train.run_log import plot_learning_curve
+from train.scoring import language_scorer, score_examples, validation_scores
+from train.trainer import fit
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = arguments.build_parser(__doc__)
+    tuning = parser.add_argument_group("prompt tuning")
+    tuning.add_argument("--num_virtual_tokens", type=arguments.positive_int, default=20, help="trained vectors")
+    tuning.add_argument(
+        "--prompt_init",
+        default="text",
+        choices=INITIALISATIONS,
+        help="start from the task's own words, from vocabulary, or from noise (for comparison only)",
+    )
+    arguments.add_base_arguments(parser, "--from_weight")
+    arguments.add_training_arguments(parser, "out/prompt_tuning", "prompt_classifier", epochs=15, learning_rate=1e-2)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # 1. Arguments
+    args = parse_arguments(argv)
+    args.device = distributed.start(args.device)
+
+    # 2. Data
+    train_rows, val_rows = load_splits(args.data_path, args.val_path, args.seed)
+
+    # 3. Base
+    base, tokenizer = setup.open_base(args, args.from_weight, train_rows)
+    plain_prompt = setup.open_prompt(args, tokenizer, train_rows)
+
+    # 4. Virtual tokens
+    text_ids = list(plain_prompt.prefix_ids)
+    start = initial_virtual_tokens(base, args.num_virtual_tokens, args.prompt_init, text_ids, args.seed)
+    model = PromptTuningModel(base, start)
+    prompt = with_virtual_tokens(plain_prompt, args.num_virtual_tokens)
+    train_examples, val_examples = encode(train_rows, prompt), encode(val_rows, prompt)
+    lengths = [len(example.ids) for example in train_examples]
+    if args.use_compile == "1":
+        base.model.compile()
+
+    # 5. Fit
+    def batch_of(indices):
+        return collate([train_examples[index] for index in indices], prompt, args.device, with_answers=True)
+
+    def loss(batch):
+        return answer_loss(model, batch)
+
+    def validate():
+        scores = score_examples(language_scorer(model, prompt), val_examples, prompt, args.device)
+        return validation_scores(scores, val_examples)
+
+    settings = {"num_virtual_tokens": args.num_virtual_tokens, "prompt_init": args.prompt_init}
+    description = setup.describe("prompt_tuning", settings, base, plain_prompt, train_rows)
+    identity = setup.identity_of(description, val_rows, args)
+    progress = fit(model, loss, batch_of, lengths, validate, args, identity)
+
+    # 6. Save
+    path = setup.artifact_path(args, model)
+    setup.save_run(args, model, path, description, progress)
+
+    # 7. Report
+    if distributed.is_main():
+        curve = path.with_suffix(".curve.png")
+        plot_learning_curve(args, curve)
+        setup.print_report(path, description, extra=[curve])
+
+
+if __name__ == "__main__":
+    arguments.run_script(main)
