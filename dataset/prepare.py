@@ -297,9 +297,7 @@ def prepare(
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 3 for a file that cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="CSV, TSV, AG News, THUCNews, JSONL or Parquet")
     parser.add_argument("--output_dir", required=True, help="folder for the splits, the rejects and the report")
     parser.add_argument("--text_column", help="by name, or counted from 1 in a file without a header")
@@ -310,8 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42, help="of the split")
     parser.add_argument("--val_share", type=float, default=0.1, help="share of the documents for validation")
     parser.add_argument("--test_share", type=float, default=0.1, help="share of the documents for the test")
-    parser.add_argument("--chunk_words", type=int, default=0, help="most words (or Chinese characters) of a chunk; 0: whole")
-    parser.add_argument("--tokenizer", default=None, help="folder of a tokenizer; default: that of the bundled base")
+    parser.add_argument("--chunk_words", type=int, default=0, help="most words (Chinese: characters) of a chunk; 0: whole")
+    parser.add_argument("--tokenizer", default=BUNDLED_TOKENIZER, help="folder of the tokenizer that counts tokens")
     parser.add_argument("--max_seq_len", type=int, default=512, help="in tokens; the report counts the texts it cuts")
     options = vars(parser.parse_args(arguments))
     try:

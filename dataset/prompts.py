@@ -10,7 +10,7 @@ the same token ids there as in the answer, which follows the line break of the a
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dataset.rows import DataError, Row
 
@@ -105,6 +105,18 @@ def build_prompt(tokenizer, labels: list[str], template: str = "en", max_seq_len
         needed = max_seq_len - prompt.text_budget + 1
         raise DataError(f"max_seq_len {max_seq_len} leaves no room for text: template and label take {needed - 1}")
     return prompt
+
+
+def with_virtual_tokens(prompt: Prompt, count: int) -> Prompt:
+    """The prompt behind `count` placeholders for prompt tuning's vectors; the text keeps its budget."""
+    placeholders = (prompt.tokenizer.pad_token_id,) * count
+    return replace(prompt, prefix_ids=placeholders + prompt.prefix_ids, max_seq_len=prompt.max_seq_len + count)
+
+
+def text_only_prompt(prompt: Prompt) -> Prompt:
+    """The text without instruction and answer, as the projection head reads it."""
+    end = (prompt.tokenizer.eos_token_id,)
+    return replace(prompt, prefix_ids=(), suffix_ids=(), label_ids=(end,) * len(prompt.labels))
 
 
 def encode_plain(tokenizer, text: str) -> list[int]:

@@ -77,6 +77,19 @@ def save_artifact(path: Path, tensors: dict[str, torch.Tensor], description: Des
     write_atomically(path, save(plain, metadata=header))
 
 
+def save_merged(path: Path, model: torch.nn.Module, description: Description, tokenizer) -> None:
+    """Write a classifier and its frozen base as one file: tensors `base.*` and the trained ones, tokenizer in the header."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    plain.pop("base.lm_head.weight")  # it is the token embedding
+    header = {
+        "description": json.dumps(asdict(description), ensure_ascii=False),
+        "config": model.config.to_json_string(use_diff=False),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "chat_template": tokenizer.chat_template,
+    }
+    write_atomically(path, save(plain, metadata=header))
+
+
 def read_artifact(path: Path) -> tuple[dict[str, torch.Tensor], Description]:
     """The tensors and the description of an artifact.
 

@@ -32,6 +32,11 @@ def run_script(main: Callable[[], None]) -> None:
         distributed.stop()
 
 
+def seed_initialisation(seed: int) -> None:
+    """Fix what a method's fresh parameters are drawn from."""
+    torch.manual_seed(seed)
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     value = int(text)

@@ -17,18 +17,34 @@ def language_scorer(model, prompt: Prompt) -> Callable:
     return lambda batch: label_log_probabilities(model, batch, prompt.label_ids)
 
 
+def head_scorer(model) -> Callable:
+    """batch -> (B, C) log-probabilities of the classes; for the projection head."""
+    return lambda batch: model(batch.input_ids, batch.lengths).log_softmax(-1)
+
+
 def score_examples(
     scorer: Callable, examples: Sequence[Example], prompt: Prompt, device: str, progress_bar: bool = False
 ) -> torch.Tensor:
-    """(N, C) float32 log scores of all rows in their order; each row is scored once, by one of the processes."""
+    """(N, C) float32 log scores of all rows in their order."""
+
+    def scores_of(indices):
+        return scorer(collate([examples[index] for index in indices], prompt, device, with_answers=False))
+
+    return score_indices(scores_of, examples, len(prompt.labels), progress_bar)
+
+
+@torch.no_grad()
+def score_indices(
+    scores_of: Callable, examples: Sequence[Example], num_labels: int, progress_bar: bool = False
+) -> torch.Tensor:
+    """(N, C) float32 from `scores_of(indices) -> (B, C)`; each row is scored once, by one of the processes."""
     mine = range(distributed.rank(), len(examples), distributed.world_size())
     lengths = [len(examples[index].ids) for index in mine]
-    scores = torch.zeros(len(examples), len(prompt.labels))
+    scores = torch.zeros(len(examples), num_labels)
     bar = tqdm(total=len(mine), unit="text", disable=not progress_bar or not distributed.is_main(), leave=False)
     for positions in scoring_batches(lengths):
         indices = [mine[position] for position in positions]
-        batch = collate([examples[index] for index in indices], prompt, device, with_answers=False)
-        scores[indices] = scorer(batch).float().cpu()
+        scores[indices] = scores_of(indices).float().cpu()
         bar.update(len(indices))
     bar.close()
     return torch.stack(distributed.gather(scores)).sum(0)  # every row is zero but on one process

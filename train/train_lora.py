@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. LoRA
     rank_map = choose_rank_map(args, model, loss, batch_of, lengths, targets)
+    arguments.seed_initialisation(args.seed)
     apply_lora(model, rank_map, args.alpha)
     if args.use_compile == "1":
         model.model.compile()

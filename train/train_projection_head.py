@@ -63,8 +63,6 @@ def main(argv: list[str] | None = None) -> None:
         return F.cross_entropy(logits, batch.labels, reduction="sum"), len(batch.labels)
 
     def validate():
-        model.eval()
-
         def scores_of(indices):
             batch = val_texts.batch(indices)
             return model.forward_cached(batch.text_cache, batch.lengths)

@@ -112,6 +112,7 @@ def fit(
             if (step + 1) % args.save_interval == 0 and progress.step < len(steps):
                 save_checkpoint(checkpoint, trained, optimizer, best, progress, identity)
 
+        model.eval()
         scores = {"epoch": epoch, **validate()}
         progress.seconds = time.perf_counter() - started
         progress.history.append(scores)
