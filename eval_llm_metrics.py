@@ -7,7 +7,7 @@
     python eval_llm_metrics.py --projectionhead                        # classifier merged into one file with its base
     python eval_llm_metrics.py --lora_weight lora_classifier --text "Shares rose after the bank's results."
     python eval_llm_metrics.py --lora_weight lora_classifier --input texts.csv --output labels.csv
-    python eval_llm_metrics.py --compare                               # every artifact of this base, as a table and a plot
+    python eval_llm_metrics.py --compare                               # every artifact of this base, side by side
 
 A report opens with what is easy to reach: majority class, TF-IDF with logistic regression, and the frozen base.
 """
@@ -27,7 +27,9 @@ from train.evaluation import class_table, comparison_table, evaluate, honest_lin
 
 def parse_arguments(argv: list[str] | None = None):
     parser = arguments.build_parser(__doc__)
-    which = parser.add_argument_group("what to evaluate: a name as it was saved, or a path; nothing means the frozen base")
+    which = parser.add_argument_group(
+        "what to evaluate: a name as it was saved, or a path; nothing means the frozen base"
+    )
     which.add_argument("--lora_weight", help="LoRA artifact")
     which.add_argument("--adapter_weight", help="adapter artifact")
     which.add_argument("--prompt_tuning", type=arguments.positive_int, help="evaluate so many virtual tokens")

@@ -9,7 +9,6 @@ read, and why) and report.json. The same file and settings give the same bytes. 
 same steps with pictures.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -236,6 +235,31 @@ def _json_line(fields: dict) -> str:
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
+def full_report(
+    raw: RawFile,
+    spellings: dict[str, str],
+    dropped: list[Removed],
+    dropped_chunks: list[Removed],
+    splits: Splits,
+    settings: dict,
+    tokenizer=None,
+    max_seq_len: int = 512,
+) -> dict:
+    """What report.json holds: where the rows came from, where every line went, and the checks of the splits."""
+    return {
+        "file": raw.path.name,
+        "format": raw.format,
+        "columns": raw.columns,
+        "notes": raw.notes,
+        "settings": settings,
+        "lines": count_lines(raw, splits, dropped),
+        "label_spellings": spellings,
+        "dropped": [asdict(row) for row in sorted(dropped, key=lambda row: row.line)],
+        "dropped_chunks": dict(sorted(Counter(row.reason for row in dropped_chunks).items())),
+        **data_report(splits, tokenizer, max_seq_len),
+    }
+
+
 def prepare(
     path: str | Path,
     output_dir: str | Path,
@@ -273,31 +297,24 @@ def prepare(
     if chunk_words:
         splits, dropped_chunks, emptied = chunk_splits(splits, chunk_words, near)
         dropped = dropped + emptied
-    report = {
-        "file": raw.path.name,
-        "format": raw.format,
-        "columns": raw.columns,
-        "notes": raw.notes,
-        "settings": {
-            "near": near,
-            "seed": seed,
-            "val_share": val_share,
-            "test_share": test_share,
-            "chunk_words": chunk_words,
-        },
-        "lines": count_lines(raw, splits, dropped),
-        "label_spellings": spellings,
-        "dropped": [asdict(row) for row in sorted(dropped, key=lambda row: row.line)],
-        "dropped_chunks": dict(sorted(Counter(row.reason for row in dropped_chunks).items())),
-        **data_report(splits, tokenizer, max_seq_len),
+    settings = {
+        "near": near,
+        "seed": seed,
+        "val_share": val_share,
+        "test_share": test_share,
+        "chunk_words": chunk_words,
     }
+    report = full_report(raw, spellings, dropped, dropped_chunks, splits, settings, tokenizer, max_seq_len)
     write_splits(output_dir, splits, raw.rejected, report)
     return report
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 3 for a file that cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """The command line. Its imports stand here because the functions above need neither torch nor a model."""
+    from model.checkpoint import BUNDLED_BASE, load_tokenizer
+    from train.arguments import build_parser
+
+    parser = build_parser(__doc__)
     parser.add_argument("file", help="CSV, TSV, AG News, THUCNews, JSONL or Parquet")
     parser.add_argument("--output_dir", required=True, help="folder for the splits, the rejects and the report")
     parser.add_argument("--text_column", help="by name, or counted from 1 in a file without a header")
@@ -308,16 +325,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42, help="of the split")
     parser.add_argument("--val_share", type=float, default=0.1, help="share of the documents for validation")
     parser.add_argument("--test_share", type=float, default=0.1, help="share of the documents for the test")
-    parser.add_argument("--chunk_words", type=int, default=0, help="most words (Chinese: characters) of a chunk; 0: whole")
-    parser.add_argument("--tokenizer", default=BUNDLED_TOKENIZER, help="folder of the tokenizer that counts tokens")
+    parser.add_argument(
+        "--chunk_words", type=int, default=0, help="most words (Chinese: characters) of a chunk; 0: whole"
+    )
+    parser.add_argument("--tokenizer", default=str(BUNDLED_BASE), help="folder of the tokenizer that counts tokens")
     parser.add_argument("--max_seq_len", type=int, default=512, help="in tokens; the report counts the texts it cuts")
-    options = vars(parser.parse_args(arguments))
-    try:
-        tokenizer = _load_tokenizer(options.pop("tokenizer"))
-        report = prepare(options.pop("file"), **options)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 3
+    options = vars(parser.parse_args())
+    options["tokenizer"] = load_tokenizer(options["tokenizer"])
+    output_dir = options["output_dir"]
+
+    report = prepare(options.pop("file"), **options)
     lines = report["lines"]
     print("lines in {lines_in} = kept {kept} + dropped {dropped} + rejected {rejected}".format(**lines))
-    return 0
+    for reason, count in {**lines["dropped_by_reason"], **lines["rejected_by_reason"]}.items():
+        print(f"  {count} {reason}")
+    print(", ".join(f"{name} {rows} rows" for name, rows in report["rows"].items()))
+    for warning in report["warnings"]:
+        print(f"note: {warning}")
+    print(f"wrote {output_dir}: the splits, rejects.jsonl, report.json")
+
+
+if __name__ == "__main__":
+    from train.arguments import run_script
+
+    run_script(main)

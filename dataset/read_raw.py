@@ -284,7 +284,9 @@ def _read_json_lines(path: Path, lines: list[str], asked: dict[str, str | None])
         try:
             fields = json.loads(line)
             problem = "" if isinstance(fields, dict) else "no JSON object"
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            problem = f"broken JSON ({error.msg})"
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
             problem = f"broken JSON ({error})"
         if problem:
             raw.rejected.append(Removed(number, problem, _writable(line[:RAW_CUT])))
@@ -359,7 +361,7 @@ def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
         ):  # a table's gaps are NaN, unequal to itself
             value = ""
         if not isinstance(value, str):
-            kind = "missing" if value is None or value != value else f"not a string but {str(value)[:40]}"
+            kind = "missing" if value is None or value != value else f"not a string but {type(value).__name__}"
             problem = problem or f"`{column}` is {kind}"
             continue
         values[role] = value

@@ -1,4 +1,4 @@
-"""The data report: what about prepared splits would spoil a training or flatter a test, in figures and in plain warnings."""
+"""The data report: what in prepared splits would spoil a training or flatter a test, as figures and as warnings."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from statistics import median
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from tqdm import tqdm
 
-from dataset.baselines import majority_label, tfidf_predictions
+from dataset.baselines import majority_predictions, tfidf_predictions
 from dataset.duplicates import NEAR, find_near_duplicates
 from dataset.prompts import Prompt, build_prompt, choose_template, encode_plain
 from dataset.read_raw import Document
@@ -114,7 +114,7 @@ def baseline(train: Sequence[Document], test: Sequence[Document]) -> dict:
     predicted = tfidf_predictions(train, test)
     labels = sorted({*gold, *(document.label for document in train)})
     return {
-        "majority_accuracy": round(accuracy_score(gold, [majority_label(train)] * len(gold)), 4),
+        "majority_accuracy": round(accuracy_score(gold, majority_predictions(train, test)), 4),
         "tfidf_accuracy": round(accuracy_score(gold, predicted), 4),
         "tfidf_macro_f1": round(f1_score(gold, predicted, labels=labels, average="macro", zero_division=0), 4),
         "labels": labels,

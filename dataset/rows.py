@@ -77,7 +77,8 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict]]:
 
 def _from_conversation(fields: dict, source: str) -> dict:
     turns = fields["conversations"]
-    roles = [turn.get("role") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else None
+    turns_are_objects = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    roles = [turn.get("role") for turn in turns] if turns_are_objects else None
     if roles not in (["user", "assistant"], ["user"]):
         raise DataError(f"{source}: `conversations` must hold one user and one assistant turn, found roles {roles}")
     return {"text": turns[0].get("content"), "label": turns[1].get("content") if len(turns) == 2 else None}
@@ -85,6 +86,7 @@ def _from_conversation(fields: dict, source: str) -> dict:
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 1  # where the row begins; a quoted field may run over several lines
     try:
         header = reader.fieldnames or []
         if "text" not in header:
@@ -96,7 +98,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict]]:
             yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+        raise DataError(f"{path}:{line}: broken CSV ({error})") from None
 
 
 def _row(fields: dict, source: str, need_label: bool) -> Row:

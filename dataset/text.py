@@ -4,14 +4,15 @@ import html
 import math
 import re
 import unicodedata
+from itertools import pairwise
 
 # A word is a run of letters and digits, or one Chinese, Japanese or Korean character.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:['’-][^\W{_CJK}]+)*")
 
-# AG News lost the ampersand of its numeric entities (" #39;" for "&#39;"). Only the numbers of quotes, dollar,
-# ampersand, brackets and typographic signs are taken for entities: "came in #12; last year #7" stays as it is.
-_LAME_ENTITY = re.compile(r" #(0?3[4689]|6[02]|9[13]|1[3-9]\d|2\d\d|8\d{3});")
+# AG News lost the ampersand of many entities (" #39;" for "&#39;", " quot;" for "&quot;"). Of numbers only those of
+# quotes, dollar, ampersand, brackets and typographic signs are taken: "came in #12; last year #7" stays as it is.
+_LAME_ENTITY = re.compile(r" (#(?:0?3[4689]|6[02]|9[13]|1[3-9]\d|2\d\d|8\d{3})|quot|amp|lt|gt);")
 _HTML_TAG = re.compile(r"</?(?:a|b|br|em|font|i|img|li|nobr|p|span|strong|u|ul)(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\u00ad\u200b\u2060\ufeff]")
 
@@ -25,7 +26,7 @@ _SENTENCE_END = re.compile(
 
 def clean_text(text: str) -> str:
     """Entities resolved, HTML tags and invisible characters gone, NFC, every run of white space one space."""
-    text = html.unescape(_LAME_ENTITY.sub(r"&#\1;", text))
+    text = html.unescape(_LAME_ENTITY.sub(r"&\1;", text))
     text = _HTML_TAG.sub(" ", text)
     return " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
@@ -86,5 +87,5 @@ def _sentences(text: str, most_words: int) -> list[str]:
         sentence = text[start:end]
         starts = [match.start() for match in _WORD.finditer(sentence)]
         cuts = [0, *starts[most_words::most_words], len(sentence)]
-        pieces += [sentence[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        pieces += [sentence[a:b] for a, b in pairwise(cuts)]
     return [piece for piece in pieces if piece]

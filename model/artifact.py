@@ -78,7 +78,7 @@ def save_artifact(path: Path, tensors: dict[str, torch.Tensor], description: Des
 
 
 def save_merged(path: Path, model: torch.nn.Module, description: Description, tokenizer) -> None:
-    """Write a classifier and its frozen base as one file: tensors `base.*` and the trained ones, tokenizer in the header."""
+    """Write classifier and frozen base as one file: tensors `base.*` and the trained ones, the tokenizer in the header."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     plain.pop("base.lm_head.weight")  # it is the token embedding
     header = {
@@ -86,6 +86,7 @@ def save_merged(path: Path, model: torch.nn.Module, description: Description, to
         "config": model.config.to_json_string(use_diff=False),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "chat_template": tokenizer.chat_template,
+        "special_tokens": json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}),
     }
     write_atomically(path, save(plain, metadata=header))
 
@@ -99,10 +100,9 @@ def read_artifact(path: Path) -> tuple[dict[str, torch.Tensor], Description]:
     if not Path(path).is_file():
         raise CheckpointError(f"artifact {path}: no such file")
     try:
+        description = Description(**json.loads(read_header(path)["description"]))
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["description"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        description = Description(**header)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is no artifact of this project: {error!r}") from None
     if description.format_version > FORMAT_VERSION:
@@ -113,6 +113,12 @@ def read_artifact(path: Path) -> tuple[dict[str, torch.Tensor], Description]:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite")
     return tensors, description
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The strings in a safetensors file's header."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def load_trained(model: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -68,19 +68,37 @@ def load_minimind(
     """
     path = Path(path)
     tensors = _read_tensors(path)
-    config = _read_config(path, tensors)
+    published = {}
+    if path.is_dir() and (path / "config.json").is_file():
+        published = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if inference_rope_scaling:
+        published["inference_rope_scaling"] = True
+    model = minimind_from_tensors(tensors, published, str(path))
     for name, given in (("hidden_size", hidden_size), ("num_hidden_layers", num_hidden_layers)):
-        if given is not None and given != getattr(config, name):
-            raise CheckpointError(f"{path} has {name} {getattr(config, name)}, but {given} was given")
-    config.inference_rope_scaling = inference_rope_scaling or config.inference_rope_scaling
+        if given is not None and given != getattr(model.config, name):
+            raise CheckpointError(f"{path} has {name} {getattr(model.config, name)}, but {given} was given")
+    return model.to(device=device, dtype=dtype)
+
+
+def minimind_from_tensors(tensors: dict[str, torch.Tensor], published: dict, source: str) -> MiniMindForCausalLM:
+    """A model in evaluation mode around these tensors.
+
+    Args:
+        published: a config.json's content, for what no tensor shows; may be empty.
+        source: named in errors.
+
+    Raises:
+        CheckpointError: the tensors are no MiniMind model.
+    """
+    config = _read_config(source, tensors, published)
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    check_tensors(tensors, {name: p.shape for name, p in model.state_dict().items()}, str(path))
+    check_tensors(tensors, {name: p.shape for name, p in model.state_dict().items()}, source)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     model.fingerprint = fingerprint(model.state_dict())
-    return model.to(device=device, dtype=dtype or next(iter(tensors.values())).dtype).eval()
+    return model.eval()
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -112,12 +130,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_config(path: Path, tensors: dict[str, torch.Tensor]) -> MiniMindConfig:
-    """The architecture, read off names and shapes. A folder's config.json adds what no tensor shows: the number of
-    heads, the rotary base and YaRN. Without one, MiniMind's own values stand: 8 heads, rotary base 1e6."""
-    published = {}
-    if path.is_dir() and (path / "config.json").is_file():
-        published = json.loads((path / "config.json").read_text(encoding="utf-8"))
+def _read_config(source: str, tensors: dict[str, torch.Tensor], published: dict) -> MiniMindConfig:
+    """The architecture, read off names and shapes. `published` adds what no tensor shows: the number of heads,
+    the rotary base and YaRN. Without it MiniMind's own values stand: 8 heads, rotary base 1e6."""
     first = "model.layers.0."
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
@@ -152,7 +167,7 @@ def _read_config(path: Path, tensors: dict[str, torch.Tensor]) -> MiniMindConfig
             inference_rope_scaling=bool(published.get("inference_rope_scaling", False)),
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is no MiniMind model: {error}") from None
+        raise CheckpointError(f"{source} is no MiniMind model: {error}") from None
 
 
 def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Size], source: str) -> None:

@@ -2,8 +2,8 @@
 
     x + B gelu(A x)        A (m, H), B (H, m), biases, B zero at the start
 
-One stands behind the attention, one behind the feed-forward, each inside the block's residual. The inner residual and the zero
-B make a fresh adapter the identity, so training starts from exactly the base.
+One stands behind the attention, one behind the feed-forward, each inside the block's residual. The inner residual and
+the zero B make a fresh adapter the identity, so training starts from exactly the base.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Prompt tuning (https://arxiv.org/abs/2104.08691): trained vectors at the start of the sequence, the model frozen.
 
-The sequence opens with placeholder ids; `PromptTuningModel` puts its vectors in place of their embeddings. Everything else, the
-positions, the cache, the mask, counts them like any other token.
+The sequence opens with placeholder ids; `PromptTuningModel` puts its vectors in place of their embeddings. Everything
+else, the positions, the cache, the mask, counts them like any other token.
 """
 
 import torch
@@ -27,9 +27,7 @@ class PromptTuningModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, past_key_values=None, **model_arguments):
         """As `MiniMindForCausalLM.forward`; the first positions of `input_ids` (B, T) hold placeholder ids."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return self.base(
-            inputs_embeds=self.embed(input_ids, past), past_key_values=past_key_values, **model_arguments
-        )
+        return self.base(inputs_embeds=self.embed(input_ids, past), past_key_values=past_key_values, **model_arguments)
 
     def embed(self, input_ids: torch.Tensor, past: int = 0) -> torch.Tensor:
         """Embeddings (B, T, H) of ids that stand behind `past` earlier positions, virtual tokens in their place."""

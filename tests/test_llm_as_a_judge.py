@@ -298,7 +298,7 @@ def test_a_key_revoked_midway_stops_the_run(judge, serve, tmp_path):
     with pytest.raises(JudgeError):
         judge(server, some_rows(50), "--judge_concurrency", "3")
     assert len(server.requests) <= 5 + 3
-    assert len(cached(tmp_path)) == 5
+    assert 3 <= len(cached(tmp_path)) <= 5, "an answer still on its way may be lost, no other"
 
 
 def test_a_redirect_is_not_followed(judge, serve):
@@ -319,18 +319,18 @@ def test_one_retry_after_silences_all_workers(judge, serve):
         return Reply(agree(request, number).body, delay=0.1)
 
     server = serve(script)
-    report = judge(server, some_rows(16), "--judge_concurrency", "4")
-    assert report["judged"] == 16 and len(server.requests) == 17
+    report = judge(server, some_rows(32), "--judge_concurrency", "4")
+    assert report["judged"] == 32 and len(server.requests) == 33
     after = [arrival - times["told"] for arrival in server.arrivals if arrival > times["told"]]
     # Requests that crossed the 429 on the wire may still arrive; once it was read there is silence.
-    assert not [delay for delay in after if 0.08 < delay < 0.8]
+    assert not [delay for delay in after if 0.2 < delay < 0.8]
     assert len([delay for delay in after if delay >= 0.8]) >= 8
 
 
 def test_a_pause_longer_than_the_deadline_stops_the_run(judge, serve):
-    server = serve(lambda request, number: Reply("", 429, {"retry-after": "3600"}))
-    with pytest.raises(JudgeError, match="3600 s"):
-        judge(server, some_rows(5))
+    server = serve(lambda request, number: Reply("", 429, {"retry-after": "3"}))
+    with pytest.raises(JudgeError, match="3 s"):
+        judge(server, some_rows(2), "--judge_timeout", "1")
     assert len(server.requests) == 1
 
 
@@ -455,15 +455,16 @@ def test_a_damaged_line_is_named(judge, serve, tmp_path, line):
 
 
 def test_two_runs_do_not_share_a_cache(judge, serve):
-    server = serve(lambda request, number: agree(request, number))
+    server = serve(agree)
 
     def second_run(request: dict, number: int) -> Reply:
-        with pytest.raises(JudgeError, match="in use"):
-            judge(server, some_rows(1))
+        if number == 1:
+            with pytest.raises(JudgeError, match="in use"):
+                judge(server, some_rows(1))
         return agree(request, number)
 
     server.script = second_run
-    assert judge(server, some_rows(1))["judged"] == 1
+    assert judge(server, some_rows(1), "--judge_timeout", "10")["judged"] == 1
     assert len(server.requests) == 1
 
 

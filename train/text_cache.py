@@ -1,7 +1,7 @@
 """The frozen base's keys and values of every text, computed once for all epochs of the projection head.
 
-The text never sees `<cls>`, and the base is frozen: nothing here changes from epoch to epoch. Up to a bound of memory the
-values stay on the CPU in the base's own type; beyond it they are computed again, with the same result.
+The text never sees `<cls>`, and the base is frozen: nothing here changes from epoch to epoch. Up to a bound of memory
+the values stay on the CPU in the base's own type; beyond it they are computed again, with the same result.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
     python train/train_projection_head.py                  # bundled base and data
     python train/train_projection_head.py --save_merged    # also base and classifier as one file
 
-Writes the artifact out/projection_head/cls_tuning_projection_head_classifier_<hidden>.safetensors and beside it the labels'
-numbers (label2id.json) and the learning curve (PNG).
+Writes the artifact out/projection_head/cls_tuning_projection_head_classifier_<hidden>.safetensors and beside it the
+labels' numbers (label2id.json) and the learning curve (PNG).
 """
 
 import json
@@ -28,7 +28,9 @@ from train.trainer import fit
 def parse_arguments(argv: list[str] | None = None):
     parser = arguments.build_parser(__doc__)
     head = parser.add_argument_group("projection head")
-    head.add_argument("--cache_gb", type=float, default=4.0, help="most memory (GiB) for the frozen base's keys and values")
+    head.add_argument(
+        "--cache_gb", type=float, default=4.0, help="most memory (GiB) for the frozen base's keys and values"
+    )
     head.add_argument("--save_merged", action="store_true", help="also write base and classifier as one file")
     arguments.add_base_arguments(parser, "--from_weight")
     arguments.add_training_arguments(
