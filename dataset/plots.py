@@ -1,6 +1,7 @@
 """The pictures of the data notebook, and a font for them that knows Chinese."""
 
 import html
+import math
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -71,18 +72,25 @@ def plot_classes(counts: dict[str, dict[str, int]], title: str) -> Figure:
 def plot_lengths(words: Sequence[int], tokens: Sequence[int], text_budget: int) -> Figure:
     """How long the texts are, in words and in tokens, and where `text_budget` tokens cut them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    left.hist(words, bins=40, color="#4c78a8")
+    left.hist(words, bins=_bins(max(words)), color="#4c78a8")
     left.set(xlabel="words (Chinese: characters)", ylabel="texts", title="length in words")
-    right.hist(tokens, bins=40, color="#4c78a8")
+    right.hist(tokens, bins=_bins(max(text_budget, *tokens)), color="#4c78a8")
     cut = sum(length > text_budget for length in tokens)
     right.axvline(text_budget, color="#c44e52", linestyle="--", label=f"room for {text_budget} tokens")
     right.set(xlabel="tokens", ylabel="texts", title=f"length in tokens: {cut} of {len(tokens)} would be cut")
     right.legend(frameon=False)
     for axes in (left, right):
-        axes.set_yscale("symlog", linthresh=10)  # the few long texts stay visible beside the many short ones
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")  # the few long texts stay visible beside the many short ones
+        axes.set_ylim(bottom=0.7)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _bins(longest: int) -> range:
+    """About forty bins of whole words or tokens from 0 to the longest."""
+    step = math.ceil((longest + 1) / 40)
+    return range(0, longest + step + 1, step)
 
 
 def plot_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], title: str) -> Figure:
@@ -110,18 +118,28 @@ def trained_tokens_html(row: Row, prompt: Prompt) -> str:
     example = Example([*prompt.text_ids(row), *prompt.suffix_ids], label, row)
     batch = collate([example], prompt, "cpu", with_answers=True)
     targets = batch.targets[0].tolist()
-    read = [*prompt.prefix_ids, *batch.input_ids[0].tolist()]
+    first = next(position for position, target in enumerate(targets) if target != IGNORED)
+    read = [*prompt.prefix_ids, *batch.input_ids[0, : first + 1].tolist()]
     trained = [target for target in targets if target != IGNORED]
-    untrained = read[: len(read) - len(trained) + 1]
 
-    def decode(ids: list[int]) -> str:
-        return html.escape(prompt.tokenizer.decode(ids, skip_special_tokens=False))
-
-    box = '<span style="background:#ffe08a;color:black;border:1px solid #b8860b;border-radius:3px;padding:0 2px">{}</span>'
-    boxes = "".join(box.format(decode([token])) for token in trained)
+    box = "background:#ffe08a;color:black;border:1px solid #b8860b;border-radius:3px;padding:0 2px"
+    boxes = "".join(f'<span style="{box}">{html.escape(piece)}</span>' for piece in _pieces(prompt.tokenizer, trained))
+    prompt_text = html.escape(prompt.tokenizer.decode(read, skip_special_tokens=False))
     style = "white-space:pre-wrap;font-family:monospace;border-left:3px solid #ccc;padding-left:8px;margin:8px 0"
-    count = f"{len(untrained)} tokens read, {len(trained)} trained"
-    return f'<div style="{style}"><span style="color:#777">{decode(untrained)}</span>{boxes}\n<i>{count}</i></div>'
+    count = f"{len(read)} tokens read, {len(trained)} trained"
+    return f'<div style="{style}"><span style="color:#777">{prompt_text}</span>{boxes}\n<i>{count}</i></div>'
+
+
+def _pieces(tokenizer, ids: Sequence[int]) -> list[str]:
+    """The tokens as text; tokens that are only parts of one character (bytes of a Chinese one) stand together."""
+    pieces, part = [], []
+    for token in ids:
+        part.append(token)
+        text = tokenizer.decode(part, skip_special_tokens=False)
+        if "\ufffd" not in text:
+            pieces.append(text)
+            part = []
+    return pieces + ([tokenizer.decode(part, skip_special_tokens=False)] if part else [])
 
 
 def _plain(labels: Sequence[str]) -> list[str]:

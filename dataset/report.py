@@ -76,8 +76,13 @@ def label_token_collisions(prompt: Prompt) -> dict[str, list[str]]:
     """Labels that begin with the same token, by that token: whoever scores only a label's first token mixes them up."""
     by_token = defaultdict(list)
     for label, ids in zip(prompt.labels, prompt.label_ids, strict=True):
-        by_token[prompt.tokenizer.decode([ids[0]])].append(label)
-    return {token: labels for token, labels in by_token.items() if len(labels) > 1}
+        by_token[ids[0]].append(label)
+    collisions = {}
+    for token, labels in by_token.items():
+        if len(labels) > 1:
+            text = prompt.tokenizer.decode([token])
+            collisions[f"part of a character (token {token})" if "\ufffd" in text else text] = labels
+    return collisions
 
 
 def leaks(splits: dict[str, list[Document]], near: float = NEAR) -> dict[str, list[tuple[Document, Document]]]:

@@ -1,0 +1,192 @@
+"""The train scripts as a user runs them: killed and resumed, on two processes, with bad input; the same bits each time."""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from model.artifact import read_artifact
+from tests.conftest import ROOT, run
+
+METHODS = {
+    "lora": ("lora", "lora_classifier", ["--rank_eval_steps", "3"]),
+    "adapter": ("adapter", "adapter_classifier", []),
+    "prompt_tuning": ("prompt_tuning", "prompt_classifier", ["--num_virtual_tokens", "4"]),
+    "projection_head": ("projection_head", "cls_tuning_projection_head_classifier", []),
+}
+
+
+def command(method, base, data, *more) -> list:
+    """A tiny run: 24 rows, batches of 4, 3 epochs, a checkpoint every second step."""
+    flags = ["--from_weight", base, "--allow_mismatch", "--data_path", data["train"], "--val_path", data["val"]]
+    flags += ["--max_seq_len", 96, "--epochs", 3, "--batch_size", 4, "--save_interval", 2, "--log_interval", 1]
+    return [f"train/train_{method}.py", *flags, *METHODS[method][2], *more]
+
+
+def artifact(method, folder):
+    where, name, _ = METHODS[method]
+    return folder / "out" / where / f"{name}_64.safetensors"
+
+
+def checkpoint(method, folder):
+    return folder / "checkpoints" / f"{METHODS[method][1]}_resume.safetensors"
+
+
+def bits(path) -> str:
+    """SHA-256 over names and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def clean_runs(tmp_path_factory, tiny_base_folder, data_files):
+    """One uninterrupted run of every method, made when it is first asked for."""
+    folders = {}
+
+    def folder_of(method):
+        if method not in folders:
+            folders[method] = tmp_path_factory.mktemp(method)
+            run(*command(method, tiny_base_folder, data_files), cwd=folders[method])
+        return folders[method]
+
+    return folder_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_resumed_runs_end_in_the_same_bits(method, clean_runs, tiny_base_folder, data_files, tmp_path):
+    clean = clean_runs(method)
+    # Start-up takes most of a tiny run: kills are aimed at the time after the first checkpoint appears.
+    kills = 20 if method == "lora" else 4
+    rng = random.Random(method)
+    arguments = command(method, tiny_base_folder, data_files, "--from_resume", 1)
+    killed = 0
+    while killed < kills:
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        begin = time.perf_counter()
+        script, *flags = map(str, arguments)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *flags],
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not checkpoint(method, folder).exists() and process.poll() is None:
+            assert time.perf_counter() - begin < 120
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        process.wait()
+        killed += 1
+        result = run(*arguments, cwd=folder)
+        assert "resumed from" in result.stdout
+        assert bits(artifact(method, folder)) == bits(artifact(method, clean))
+        assert bits(checkpoint(method, folder)) == bits(checkpoint(method, clean))
+        log = [json.loads(line) for line in next((folder / "out").glob("*/*.log.jsonl")).read_text().splitlines()]
+        assert [line["step"] for line in log if "loss" in line] == list(range(18))
+        assert [line["val_epoch"] for line in log if "val_epoch" in line] == [0, 1, 2]
+
+
+def test_resuming_a_finished_run_changes_nothing_and_another_run_is_refused(clean_runs, tiny_base_folder, data_files):
+    folder = clean_runs("lora")
+    before = bits(artifact("lora", folder)), bits(checkpoint("lora", folder))
+    run(*command("lora", tiny_base_folder, data_files, "--from_resume", 1), cwd=folder)
+    assert (bits(artifact("lora", folder)), bits(checkpoint("lora", folder))) == before
+    changed = command("lora", tiny_base_folder, data_files, "--from_resume", 1, "--learning_rate", "0.5")
+    result = run(*changed, cwd=folder, check=False)
+    assert result.returncode == 4
+    assert "learning_rate was 0.002, is now 0.5" in result.stderr and "Traceback" not in result.stderr
+    assert bits(artifact("lora", folder)) == before[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, tiny_base_folder, data_files, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    arguments = command(method, tiny_base_folder, data_files)
+    run(*arguments, "--accumulation_steps", 2, cwd=one)
+    script, *flags = map(str, arguments)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launch, str(ROOT / script), *flags],
+        cwd=two,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(two)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert bits(artifact(method, two)) == bits(artifact(method, one))
+    histories = [read_artifact(artifact(method, folder))[1].run["validation"] for folder in (one, two)]
+    assert histories[0] == histories[1]
+    # A batch of 8 in one piece sums in another order: equal within rounding, but for dropout.
+    if method != "projection_head":
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        run(*command(method, tiny_base_folder, data_files, "--batch_size", 8), cwd=whole)
+        expected, found = load_file(artifact(method, one)), load_file(artifact(method, whole))
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_artifact_says_all_and_rank_map_is_reused(clean_runs, tiny_base_folder, data_files, tmp_path):
+    path = artifact("lora", clean_runs("lora"))
+    tensors, description = read_artifact(path)
+    assert description.method == "lora" and len(description.labels) >= 2 and description.template == "en"
+    assert description.max_seq_len == 96 and len(description.base) == len(description.tokenizer) == 64
+    assert description.run["trained_parameters"] == sum(t.numel() for t in tensors.values())
+    assert len(description.run["validation"]) == 3 and description.run["versions"]["torch"]
+    assert path.stat().st_mode & 0o044  # readable by others, as any file
+    beside = path.with_suffix(".rank_map.json")
+    assert json.loads(beside.read_text()) == description.settings["rank_map"]
+    assert path.with_suffix(".curve.png").stat().st_size > 1000
+    run(*command("lora", tiny_base_folder, data_files, "--rank_map", beside), cwd=tmp_path)
+    assert bits(artifact("lora", tmp_path)) == bits(path)
+    with safe_open(path, "pt") as file:
+        assert all(".lora." in name for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        ('{"text": "x", "label": "a"}\n{"text": \n', 3, "bad.jsonl:2: broken JSON"),
+        ('{"text": "x", "label": "a"}\n{"text": "y", "label": "a"}\n', 3, "every row has the label 'a'"),
+        ('{"text": "x", "label": "a"}\n{"text": "y"}\n', 3, "bad.jsonl:2: `label` is missing"),
+        ('{"text": "", "label": "a"}\n', 3, "bad.jsonl:1: `text` is empty"),
+    ],
+)
+def test_bad_data_ends_in_one_line_and_writes_nothing(content, code, message, tiny_base_folder, data_files, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(content)
+    arguments = command("lora", tiny_base_folder, {"train": "bad.jsonl", "val": data_files["val"]})
+    result = run(*arguments, cwd=tmp_path, check=False)
+    assert result.returncode == code
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_wrong_base_and_shape_are_refused(tiny_base_folder, data_files, tmp_path):
+    without_override = [str(a) for a in command("lora", tiny_base_folder, data_files) if a != "--allow_mismatch"]
+    result = run(*without_override, cwd=tmp_path, check=False)
+    assert result.returncode == 4 and "no better than chance" in result.stderr
+    result = run(*command("lora", tiny_base_folder, data_files, "--hidden_size", 512), cwd=tmp_path, check=False)
+    assert result.returncode == 4 and "has hidden_size 64, but 512 was given" in result.stderr
+    result = run(*command("lora", "out/nothing.pth", data_files), cwd=tmp_path, check=False)
+    assert result.returncode == 4 and "'out/nothing.pth': no such file" in result.stderr
+
+
+def test_non_finite_loss_stops_before_the_step_and_names_the_rows(tiny_base_folder, data_files, tmp_path):
+    result = run(*command("lora", tiny_base_folder, data_files, "--learning_rate", "1e30"), cwd=tmp_path, check=False)
+    assert result.returncode == 5
+    assert "not finite" in result.stderr or "nothing was updated" in result.stderr
+    assert not artifact("lora", tmp_path).exists()
