@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.rows import DataError, read_rows
-from judge_client import AnswerFile, JudgeClient, JudgeError, find_key
+from train.judge_client import AnswerFile, JudgeClient, JudgeError, find_key
 
 # The frame. Nothing from a row is ever put into it: a row travels in the user message, encoded as JSON.
 SYSTEM_PROMPT = """You check a text classifier. The user message is one JSON object: "allowed_labels" lists the \

@@ -127,9 +127,10 @@ def split_documents(
         keyed["test"] += keyed_groups[:test]
         keyed["val"] += keyed_groups[test : test + val]
         keyed["train"] += keyed_groups[test + val :]
-    # Written in the order of the keys: the classes come mixed, also to someone who reads the first lines only.
+    # Written in an order that follows from the keys' ends (their beginnings have chosen the split): the classes come
+    # mixed, also to someone who reads the first lines only.
     return {
-        name: [document for _, group in sorted(pairs, key=lambda pair: pair[0]) for document in group]
+        name: [document for _, group in sorted(pairs, key=lambda pair: pair[0][::-1]) for document in group]
         for name, pairs in keyed.items()
     }
 

@@ -182,7 +182,7 @@ def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> R
                     fields, used, problem = _read_record(lines, position, delimiter, len(columns))
                     record = "\n".join(lines[position : position + used])
                     if fields is None:
-                        raw.rejected.append(Removed(number, problem, record[:RAW_CUT]))
+                        _reject(raw, number, problem, record)
                     else:
                         if breaks_are_backslashes:
                             fields = [re.sub(r"\\+", " ", value) for value in fields]
@@ -289,7 +289,7 @@ def _read_json_lines(path: Path, lines: list[str], asked: dict[str, str | None])
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
             problem = f"broken JSON ({error})"
         if problem:
-            raw.rejected.append(Removed(number, problem, _writable(line[:RAW_CUT])))
+            _reject(raw, number, problem, line)
         else:
             records.append((number, fields, line))
     columns = list(dict.fromkeys(name for _, fields, _ in records[:SAMPLE_ROWS] for name in fields))
@@ -369,7 +369,7 @@ def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
     if not problem and not values["label"].strip():
         problem = f"no label in `{raw.columns['label']}`"
     if problem:
-        raw.rejected.append(Removed(line, problem, _writable(record[:RAW_CUT])))
+        _reject(raw, line, problem, record)
         return
     name = values.get("document", "").strip()
     if name and _plain(raw.columns["document"]) == "filename":
@@ -377,9 +377,9 @@ def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
     raw.documents.append(Document(line, values["text"], values["label"], values.get("title", ""), name))
 
 
-def _writable(text: str) -> str:
-    """Text that UTF-8 can hold: bytes that could not be decoded become replacement characters."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+def _reject(raw: RawFile, line: int, reason: str, record: str) -> None:
+    """Set a row aside; what of it no file could hold (undecodable bytes) becomes replacement characters."""
+    raw.rejected.append(Removed(line, reason, re.sub("[\ud800-\udfff]", "\ufffd", record[:RAW_CUT])))
 
 
 def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> None:
@@ -419,5 +419,5 @@ def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> N
         if 0 <= number < len(names):
             documents.append(replace(row, label=names[number]))
         else:
-            raw.rejected.append(Removed(row.line, f"class {row.label.strip()!r} has no name", row.text[:RAW_CUT]))
+            _reject(raw, row.line, f"class {row.label.strip()!r} has no name", row.text)
     raw.documents = documents

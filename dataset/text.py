@@ -63,16 +63,17 @@ def chunk_text(text: str, most_words: int) -> list[str]:
     """
     if most_words < 1:
         raise ValueError(f"a chunk needs at least one word, not {most_words}")
-    total = len(words(text))
-    if total <= most_words:
+    left = len(words(text))  # words that stand in no chunk yet
+    if left <= most_words:
         return [text]
-    target = total / math.ceil(total / most_words)
     chunks, chunk, size = [], "", 0
     for sentence in _sentences(text, most_words):
         length = len(words(sentence))
+        target = left / math.ceil(left / most_words)
         # Close the chunk where that is nearer to the target than going on, and always before it grows too long.
         if chunk and (size + length > most_words or size + length / 2 > target):
             chunks.append(chunk)
+            left -= size
             chunk, size = "", 0
         chunk += sentence
         size += length

@@ -1,4 +1,4 @@
-"""`eval_llm_metrics.py`: every command, figures against plain formulas, artifacts in a fresh process, misfits refused."""
+"""`eval_llm_metrics.py`: its commands, figures against plain formulas, artifacts in a fresh process, misfits."""
 
 import csv
 import json

@@ -123,7 +123,7 @@ def test_public_lora_files_load_and_are_written_alike(name, tmp_path):
 
 
 def test_bad_ranks_and_misfits_are_named(tiny_base):
-    with pytest.raises(ValueError, match="rank 65 for model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=r"rank 65 for model\.layers\.0\.self_attn\.q_proj"):
         apply_lora(tiny_base, {"model.layers.0.self_attn.q_proj": 65})
     with pytest.raises(ValueError, match="which the model does not have"):
         apply_lora(tiny_base, {"model.layers.9.self_attn.q_proj": 2})

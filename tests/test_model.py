@@ -1,4 +1,4 @@
-"""The model against vectors that public MiniMind computed, and against itself: cache, padding, attentions, embeddings."""
+"""The model against vectors that public MiniMind computed, and against itself: cache, padding, attentions."""
 
 import json
 

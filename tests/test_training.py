@@ -1,4 +1,4 @@
-"""The train scripts as a user runs them: killed and resumed, on two processes, with bad input; the same bits each time."""
+"""The train scripts as a user runs them: killed and resumed, on two processes, with bad input; always the same bits."""
 
 import hashlib
 import json
