@@ -350,7 +350,7 @@ def _find_roles(path: Path, columns: list[str], asked: dict[str, str | None]) ->
 
 def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
     """Turn one record into a document, or set it aside."""
-    values, problem = {}, _unreadable(record)
+    values, problem = {}, ""
     for role, column in raw.columns.items():
         value = fields.get(column)
         if isinstance(value, int) and not isinstance(value, bool) and role != "text":

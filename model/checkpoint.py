@@ -93,6 +93,8 @@ def minimind_from_tensors(tensors: dict[str, torch.Tensor], published: dict, sou
     config = _read_config(source, tensors, published)
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
+    # A file's bytes may lie at any address; the same kernels on the same alignment give the same bits every time.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     check_tensors(tensors, {name: p.shape for name, p in model.state_dict().items()}, source)
     model.load_state_dict(tensors, strict=True, assign=True)

@@ -245,11 +245,12 @@ def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
 
 
 def test_undecodable_rows_are_set_aside(tmp_path):
-    content = b"text,label\ngood one,sport\ncaf\xe9 closes,business\nnul \x00 inside,tech\ngood two,tech\n"
+    content = b"text,label,author\ngood one,sport,a\ncaf\xe9 closes,business,b\nnul \x00 inside,tech,c\n"
+    content += b"good two,tech,Ren\xe9\ngood three,tech,d\n"  # nobody asks for the author
     raw = read_raw.read_raw(written(tmp_path / "a.csv", content))
-    assert [document.text for document in raw.documents] == ["good one", "good two"]
+    assert [document.text for document in raw.documents] == ["good one", "good two", "good three"]
     assert reasons(raw) == {3: "a byte that cannot be decoded (0xe9)", 4: "a NUL character"}
-    assert raw.rejected[0].text == "caf\ufffd closes,business"
+    assert raw.rejected[0].text == "caf\ufffd closes,business,b"
 
 
 def test_a_file_in_another_encoding_asks_for_it(tmp_path):
@@ -472,9 +473,12 @@ def test_split_is_stratified_complete_and_follows_from_seed_and_texts():
     assert report.class_counts(splits) == {label: {"train": 70, "val": 10, "test": 20} for label in TOPICS}
     assert sorted(d.line for part in splits.values() for d in part) == list(range(1, 301))
 
-    shuffled = list(documents)
+    shuffled = invented_texts(300)
     random.Random(5).shuffle(shuffled)
-    assert prepare.split_documents(shuffled, 1, 0.1, 0.2) == splits
+    again = prepare.split_documents(documents_of(shuffled), 1, 0.1, 0.2)
+    assert {name: [d.text for d in part] for name, part in again.items()} == {
+        name: [d.text for d in part] for name, part in splits.items()
+    }
     assert prepare.split_documents(documents, 2, 0.1, 0.2) != splits
     assert len({document.label for document in splits["train"][:20]}) == 3  # classes come mixed
 
@@ -490,7 +494,7 @@ def test_rows_of_an_article_stay_together():
     assert all(not names[a] & names[b] for a, b in combinations(names, 2))
 
 
-@pytest.mark.parametrize("shares", [(0.1, 0.1), (0.5, 0.4), (0.0, 0.3), (0.3, 0.0)])
+@pytest.mark.parametrize("shares", [(0.1, 0.1), (0.5, 0.4), (0.03, 0.95), (0.95, 0.03), (0.0, 0.3), (0.3, 0.0)])
 def test_small_classes_keep_something_to_train_on(shares):
     for count in range(1, 8):
         pairs = [(f"rare text {n}", "rare") for n in range(count)] + [(f"other text {n}", "other") for n in range(9)]

@@ -14,13 +14,14 @@ from dataset.classification_dataset import BUNDLED_DATA
 from dataset.rows import DataError
 from model.checkpoint import CheckpointError
 from train import distributed
+from train.judge_client import JudgeError
 
-EXIT_CODES = {DataError: 3, CheckpointError: 4, FloatingPointError: 5, OSError: 6}
+EXIT_CODES = {DataError: 3, CheckpointError: 4, FloatingPointError: 5, OSError: 6, JudgeError: 8}
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: an error that a user can mend ends in one line on stderr and its exit code
-    (2 usage, 3 data, 4 weights or artifact, 5 numbers that are not finite, 6 storage, 130 interrupted)."""
+    (2 usage, 3 data, 4 weights or artifact, 5 numbers that are not finite, 6 storage, 8 judge, 130 interrupted)."""
     try:
         main()
     except KeyboardInterrupt:

@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
     all_tokens = sum(len(sequence.ids) for epoch in epochs for sequence in epoch)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {all_tokens:,} tokens in {args.epochs} epochs")
 
-    run_blocks = torch.compile(model.model) if args.use_compile else model.model
+    run_blocks = torch.compile(model.model, dynamic=False) if args.use_compile else model.model
     head_weight = model.lm_head.weight
     bar = tqdm(total=all_tokens, initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
     progress = 0.0
