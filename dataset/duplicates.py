@@ -7,11 +7,49 @@ from collections import defaultdict
 import numpy as np
 from tqdm import tqdm
 
-from dataset.text import words
+from dataset.read_raw import RAW_CUT, Document, Removed
+from dataset.text import fold, words
 
 SHINGLE = 3  # words
 NEAR = 0.8  # Jaccard similarity from which two texts are near duplicates
 _EPSILON = 1e-9  # 0.8 * 5 must not round up to more than 4
+
+
+def drop_duplicates(documents: list[Document], near: float = NEAR) -> tuple[list[Document], list[Removed]]:
+    """Keep the first of texts that are the same but for case, spaces and punctuation, or nearly the same.
+
+    The same text under different labels is dropped altogether: nobody can say which label is right.
+
+    Args:
+        near: Jaccard similarity of three-word shingles from which texts are near duplicates; above 1 keeps them.
+    """
+    same_text = defaultdict(list)
+    for document in documents:
+        same_text[fold(document.text)].append(document)
+    unique, dropped = [], []
+    for first, *others in same_text.values():
+        conflict = any(other.label != first.label for other in others)
+        if conflict:
+            dropped.append(_removed(first, "same text under different labels", others[0]))
+        else:
+            unique.append(first)
+        reason = "same text under different labels" if conflict else "exact duplicate"
+        dropped += [_removed(other, reason, first) for other in others]
+
+    twins = find_near_duplicates([document.text for document in unique], near) if near <= 1 else [None] * len(unique)
+    kept = []
+    for document, twin in zip(unique, twins, strict=True):
+        if twin is None:
+            kept.append(document)
+        else:
+            other_label = document.label != unique[twin].label
+            reason = "near duplicate under another label" if other_label else "near duplicate"
+            dropped.append(_removed(document, reason, unique[twin]))
+    return kept, sorted(dropped, key=lambda row: row.line)
+
+
+def _removed(document: Document, reason: str, twin: Document) -> Removed:
+    return Removed(document.line, reason, document.text[:RAW_CUT], twin.line)
 
 
 def find_near_duplicates(texts: list[str], threshold: float = NEAR) -> list[int | None]:

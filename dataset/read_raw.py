@@ -13,24 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dataset.raw_columns import AG_NEWS_COLUMNS, find_roles, name_columns, plain_name
+from dataset.raw_tables import LONGEST_FIELD, SAMPLE_LINES, find_delimiter, read_record
 from dataset.rows import DataError
 
-# Column names are compared without case, spaces, hyphens and underscores: "Class Index" is "classindex".
-TEXT_NAMES = {"text", "content", "article", "body", "description", "news", "sentence", "review"}
-TEXT_NAMES |= {"文本", "内容", "正文", "新闻"}
-LABEL_NAMES = {"label", "category", "class", "classindex", "topic", "target", "section", "labeltext", "labelname"}
-LABEL_NAMES |= {"标签", "类别", "分类"}
-TITLE_NAMES = {"title", "headline", "标题"}
-DOCUMENT_NAMES = {"filename", "articleid", "documentid", "docid", "id", "文件名"}
-
-AG_NEWS_COLUMNS = ["class index", "title", "description"]
 AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
-
 RAW_CUT = 200  # characters of a removed row that are kept for reading
-SAMPLE_ROWS = 50  # rows that decide on delimiter and header
-# A quote that is never closed must not swallow the file: a record that spans more lines is broken.
-LONGEST_RECORD = 200  # lines
-LONGEST_FIELD = 1 << 24  # characters
 
 
 @dataclass(frozen=True)
@@ -155,13 +143,16 @@ def _unreadable(text: str) -> str:
 def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> RawFile:
     field_limit = csv.field_size_limit(LONGEST_FIELD)
     try:
-        delimiter = _find_delimiter(path, lines)
+        delimiter = find_delimiter(path, lines)
         first = next(number for number, line in enumerate(lines) if line.strip())
-        head, head_lines, problem = _read_record(lines, first, delimiter)
+        head, head_lines, problem = read_record(lines, first, delimiter)
         if head is None:
             raise DataError(f"{path}:{first + 1}: the first line cannot be read: {problem}")
-        columns, has_header = _name_columns(path, head, lines[first : first + SAMPLE_ROWS], delimiter, asked)
-        roles = _find_roles(path, columns, asked)
+        sample = [
+            read_record(lines, number, delimiter, len(head))[0] for number in range(min(SAMPLE_LINES, len(lines)))
+        ]
+        columns, has_header = name_columns(head, [fields for fields in sample if fields is not None], asked)
+        roles = find_roles(path, columns, asked)
         names = {"\t": "tab-separated", ",": "comma-separated", ";": "semicolon-separated"}
         raw = RawFile(path, names[delimiter], roles, lines_in=len(lines))
         if has_header:
@@ -179,7 +170,7 @@ def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> R
                 if not lines[position].strip():
                     raw.blank_lines.append(number)
                 else:
-                    fields, used, problem = _read_record(lines, position, delimiter, len(columns))
+                    fields, used, problem = read_record(lines, position, delimiter, len(columns))
                     record = "\n".join(lines[position : position + used])
                     if fields is None:
                         _reject(raw, number, problem, record)
@@ -194,79 +185,6 @@ def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> R
         return raw
     finally:
         csv.field_size_limit(field_limit)
-
-
-def _read_record(
-    lines: list[str], start: int, delimiter: str, columns: int | None = None
-) -> tuple[list[str] | None, int, str]:
-    """The record that begins at `lines[start]`: its fields, how many lines it takes, what is wrong with it.
-
-    A broken record takes one line, so that reading goes on right behind it.
-    """
-    if delimiter == "\t":
-        # Tab-separated files are usually written without quoting: a quote is a character like any other.
-        fields = lines[start].split("\t")
-        if columns is None or len(fields) == columns:
-            return [_unquote(value) for value in fields], 1, ""
-    end = min(len(lines), start + LONGEST_RECORD)
-    reader = csv.reader((lines[number] + "\n" for number in range(start, end)), delimiter=delimiter, strict=True)
-    try:
-        fields = next(reader)
-    except csv.Error as error:
-        return None, 1, f"broken quotes ({error})"
-    if columns is not None and len(fields) != columns:
-        return None, 1, f"{len(fields)} fields instead of {columns}"
-    return fields, reader.line_num, ""
-
-
-def _unquote(value: str) -> str:
-    """Undo the quoting of programs that do quote in tab-separated files: outer quotes, every inner one doubled."""
-    inner = value[1:-1]
-    quoted = len(value) > 2 and value[0] == value[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if quoted else value
-
-
-def _find_delimiter(path: Path, lines: list[str]) -> str:
-    """The delimiter that cuts most of the first lines into as many fields as the very first one."""
-    sample = [line for line in lines[:SAMPLE_ROWS] if line.strip()]
-
-    def regular_lines(delimiter: str) -> int:
-        counts = [len(next(csv.reader([line], delimiter=delimiter))) for line in sample]
-        return sum(count == counts[0] for count in counts) if counts[0] > 1 else 0
-
-    best = max("\t,;", key=regular_lines)
-    if not regular_lines(best):
-        raise DataError(f"{path}:1: no tab, comma or semicolon separates columns in {sample[0][:80]!r}")
-    return best
-
-
-def _name_columns(
-    path: Path, head: list[str], sample: list[str], delimiter: str, asked: dict[str, str | None]
-) -> tuple[list[str], bool]:
-    """Column names, and whether the first line holds them."""
-    if any(name is not None and name.isdecimal() for name in asked.values()):
-        return [str(number) for number in range(1, len(head) + 1)], False
-    known = TEXT_NAMES | LABEL_NAMES | TITLE_NAMES | DOCUMENT_NAMES
-    if any(_plain(name) in known or name in asked.values() for name in head):
-        repeated = {name for name in head if head.count(name) > 1}
-        if repeated:
-            raise DataError(f"{path}:1: the header names a column twice: {', '.join(sorted(repeated))}")
-        return [name.strip() for name in head], True
-
-    records = [_read_record(sample, number, delimiter, len(head))[0] for number in range(len(sample))]
-    records = [fields for fields in records if fields is not None]
-
-    def holds_numbers(column: int) -> bool:
-        numbers = sum(fields[column].strip().isdecimal() for fields in records)
-        return head[column].strip().isdecimal() and 10 * numbers >= 9 * len(records)
-
-    if len(head) == 3 and holds_numbers(0):
-        return AG_NEWS_COLUMNS, False
-    if len(head) == 2 and holds_numbers(1):
-        return ["text", "class index"], False
-    if len(head) == 2 and holds_numbers(0):
-        return ["class index", "text"], False
-    return head, True
 
 
 # --- JSON lines and Parquet -----------------------------------------------------------------------------------------
@@ -292,8 +210,8 @@ def _read_json_lines(path: Path, lines: list[str], asked: dict[str, str | None])
             _reject(raw, number, problem, line)
         else:
             records.append((number, fields, line))
-    columns = list(dict.fromkeys(name for _, fields, _ in records[:SAMPLE_ROWS] for name in fields))
-    raw.columns = _find_roles(path, columns, asked)
+    columns = list(dict.fromkeys(name for _, fields, _ in records[:SAMPLE_LINES] for name in fields))
+    raw.columns = find_roles(path, columns, asked)
     for number, fields, line in records:
         _add(raw, number, fields, line)
     return raw
@@ -310,7 +228,7 @@ def _read_parquet(path: Path, asked: dict[str, str | None]) -> RawFile:
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
-    raw = RawFile(path, "Parquet", _find_roles(path, [str(name) for name in table], asked), lines_in=len(table))
+    raw = RawFile(path, "Parquet", find_roles(path, [str(name) for name in table], asked), lines_in=len(table))
     table.columns = [str(name) for name in table]
     for number, fields in enumerate(table.to_dict("records"), start=1):
         _add(raw, number, fields, str(fields))
@@ -318,34 +236,6 @@ def _read_parquet(path: Path, asked: dict[str, str | None]) -> RawFile:
 
 
 # --- records to documents -------------------------------------------------------------------------------------------
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).casefold()
-
-
-def _find_roles(path: Path, columns: list[str], asked: dict[str, str | None]) -> dict[str, str]:
-    """Which column holds the text, the label, the title and the article's name; the last two are optional."""
-    listed = ", ".join(columns) or "none"
-    found = {}
-    for role, names in (("text", TEXT_NAMES), ("label", LABEL_NAMES), ("title", TITLE_NAMES)):
-        if asked.get(role) is not None:
-            if asked[role] not in columns:
-                raise DataError(f"{path}: no column {asked[role]!r}; the columns are: {listed}")
-            found[role] = [asked[role]]
-        else:
-            found[role] = [name for name in columns if _plain(name) in names and name not in asked.values()]
-    if not found["text"]:
-        found["text"], found["title"] = found["title"], []  # a file of headlines
-    for role in ("text", "label"):
-        if len(found[role]) != 1:
-            doubt = f"{' or '.join(found[role])}?" if found[role] else "no usual name among them."
-            raise DataError(
-                f"{path}: which column is the {role}: {doubt} The columns are: {listed}. "
-                "Say text_column=... label_column=..."
-            )
-    found["document"] = [name for name in columns if _plain(name) in DOCUMENT_NAMES and name not in asked.values()]
-    return {role: names[0] for role, names in found.items() if names}
 
 
 def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
@@ -372,7 +262,7 @@ def _add(raw: RawFile, line: int, fields: dict, record: str) -> None:
         _reject(raw, line, problem, record)
         return
     name = values.get("document", "").strip()
-    if name and _plain(raw.columns["document"]) == "filename":
+    if name and plain_name(raw.columns["document"]) == "filename":
         name = f"{values['label'].strip().casefold()}/{name}"  # BBC counts its files anew in every category
     raw.documents.append(Document(line, values["text"], values["label"], values.get("title", ""), name))
 
@@ -390,7 +280,7 @@ def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> N
             raise DataError(f"{raw.path}: class_names are given, but labels are words: {raw.documents[0].label!r}")
         return
     beside = raw.path.parent / "class.txt"
-    is_ag_news = [_plain(raw.columns.get(role, "")) for role in ("title", "text")] == ["title", "description"]
+    is_ag_news = [plain_name(raw.columns.get(role, "")) for role in ("title", "text")] == ["title", "description"]
     if isinstance(class_names, list):
         names = class_names
     elif class_names is not None or beside.is_file():

@@ -187,19 +187,21 @@ class Attention(nn.Module):
 
 
 def attention(query, key, value, mask):
-    """Softmax attention by the fused kernel; `mask` None means causal. Returns (B, N, T, D)."""
+    """Softmax attention by the fused kernel, (B, N, T, D); `mask` None means causal."""
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
 
 
 def attention_with_weights(query, key, value, mask):
-    """The same by plain matrix products, with the weights (B, N, T, S) beside it."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    """Attention by matrix products, with its weights (B, N, T, S). The heads of a group read their keys in one product."""
     if mask is None:
         mask = causal_mask(query.shape[2], key.shape[2], query.device)
-    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
-    weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1).type_as(query)
-    return weights @ value, weights
+    heads, kv_heads = query.shape[1], key.shape[1]
+    grouped = query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # (B, K, N/K * T, D)
+    scores = (grouped * query.shape[-1] ** -0.5) @ key.transpose(2, 3)  # (B, K, N/K * T, S)
+    scores = scores.unflatten(2, (heads // kv_heads, -1)).masked_fill(~mask[:, :, None], -math.inf)
+    weights = scores.softmax(dim=-1)  # (B, K, N/K, T, S)
+    mixed = (weights.flatten(2, 3) @ value).unflatten(2, (heads // kv_heads, -1))
+    return mixed.flatten(1, 2), weights.flatten(1, 2)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:

@@ -13,10 +13,11 @@ import pytest
 
 from dataset import prepare, read_raw, report
 from dataset.classification_dataset import check_no_leak
-from dataset.duplicates import SHINGLE, find_near_duplicates
-from dataset.prompts import build_prompt
+from dataset.duplicates import SHINGLE, drop_duplicates, find_near_duplicates
+from dataset.prompts import build_prompt, labels_of
 from dataset.read_raw import AG_NEWS_CLASSES, Document
 from dataset.rows import DataError, read_rows
+from dataset.splits import SPLITS, chunk_splits, split_documents
 from dataset.text import chunk_text, clean_text, fold, words
 from tests.conftest import ROOT, run
 
@@ -289,7 +290,7 @@ def test_a_stray_quote_costs_its_own_row_only(tmp_path):
         ("a.csv", bytes(range(128, 256)) * 9, "lines are not utf-8"),
         ("a.csv", b"text,label\n", "no row could be read"),
         ("a.csv", b"just a sentence\nand another\n", "no tab, comma or semicolon"),
-        ("a.csv", b"text,label,text\na,b,c\n", "names a column twice"),
+        ("a.csv", b"text,label,text\na,b,c\n", "which column is the text: text or text"),
         ("a.json", b'[{"text": "a", "label": "b"}]', "JSON array"),
         ("a.jsonl", b"{\n{\n", "columns are: none"),
     ],
@@ -341,7 +342,7 @@ def test_lines_add_up_whatever_the_file_holds(tmp_path, seed, ending):
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == counts["rejected"] > 0
     assert all(set(row) == {"line", "reason", "raw"} for row in rejects)
-    kept = sum(len(read_rows(tmp_path / f"out/{name}.jsonl")) for name in prepare.SPLITS)
+    kept = sum(len(read_rows(tmp_path / f"out/{name}.jsonl")) for name in SPLITS)
     assert kept == counts["kept"] >= 30
 
 
@@ -412,7 +413,7 @@ def test_empty_texts_are_dropped():
 
 
 def test_exact_duplicates_and_conflicting_labels():
-    kept, dropped = prepare.drop_duplicates(
+    kept, dropped = drop_duplicates(
         documents_of(
             [
                 ("The cup was won.", "sport"),
@@ -469,17 +470,17 @@ def test_near_duplicates_in_chinese():
 
 def test_split_is_stratified_complete_and_follows_from_seed_and_texts():
     documents = documents_of(invented_texts(300))
-    splits = prepare.split_documents(documents, seed=1, val_share=0.1, test_share=0.2)
+    splits = split_documents(documents, seed=1, val_share=0.1, test_share=0.2)
     assert report.class_counts(splits) == {label: {"train": 70, "val": 10, "test": 20} for label in TOPICS}
     assert sorted(d.line for part in splits.values() for d in part) == list(range(1, 301))
 
     shuffled = invented_texts(300)
     random.Random(5).shuffle(shuffled)
-    again = prepare.split_documents(documents_of(shuffled), 1, 0.1, 0.2)
+    again = split_documents(documents_of(shuffled), 1, 0.1, 0.2)
     assert {name: [d.text for d in part] for name, part in again.items()} == {
         name: [d.text for d in part] for name, part in splits.items()
     }
-    assert prepare.split_documents(documents, 2, 0.1, 0.2) != splits
+    assert split_documents(documents, 2, 0.1, 0.2) != splits
     assert len({document.label for document in splits["train"][:20]}) == 3  # classes come mixed
 
 
@@ -488,7 +489,7 @@ def test_rows_of_an_article_stay_together():
         Document(line, text, label, name=f"{label}/{line % 20}")
         for line, (text, label) in enumerate(invented_texts(300), start=1)
     ]
-    splits = prepare.split_documents(documents)
+    splits = split_documents(documents)
     names = {name: {document.name for document in part} for name, part in splits.items()}
     assert all(names[name] for name in names)
     assert all(not names[a] & names[b] for a, b in combinations(names, 2))
@@ -498,7 +499,7 @@ def test_rows_of_an_article_stay_together():
 def test_small_classes_keep_something_to_train_on(shares):
     for count in range(1, 8):
         pairs = [(f"rare text {n}", "rare") for n in range(count)] + [(f"other text {n}", "other") for n in range(9)]
-        splits = prepare.split_documents(documents_of(pairs), 0, *shares)
+        splits = split_documents(documents_of(pairs), 0, *shares)
         rare = report.class_counts(splits)["rare"]
         assert rare["train"] >= 1 and sum(rare.values()) == count
         if count >= 3:
@@ -507,9 +508,9 @@ def test_small_classes_keep_something_to_train_on(shares):
 
 def test_split_refuses_what_cannot_be_split():
     with pytest.raises(DataError, match="at least two labels, found a"):
-        prepare.split_documents(documents_of([("one", "a"), ("two", "a")]))
+        split_documents(documents_of([("one", "a"), ("two", "a")]))
     with pytest.raises(DataError, match="something to train on"):
-        prepare.split_documents(documents_of(invented_texts(9)), 0, 0.5, 0.5)
+        split_documents(documents_of(invented_texts(9)), 0, 0.5, 0.5)
 
 
 def test_chunks_stay_in_the_split_of_their_article_and_shared_paragraphs_do_not_leak():
@@ -520,8 +521,8 @@ def test_chunks_stay_in_the_split_of_their_article_and_shared_paragraphs_do_not_
             zip(invented_texts(90), invented_texts(90, 1), strict=True), 1
         )
     ]
-    splits = prepare.split_documents(documents)
-    chunked, dropped, emptied = prepare.chunk_splits(splits, most_words=28)
+    splits = split_documents(documents)
+    chunked, dropped, emptied = chunk_splits(splits, most_words=28)
     split_of = {document.line: name for name, part in splits.items() for document in part}
     assert all(split_of[chunk.line] == name for name, part in chunked.items() for chunk in part)
     assert sum(map(len, chunked.values())) > 150
@@ -554,7 +555,7 @@ def test_prepared_sample_is_readable_leak_free_and_the_same_again(tmp_path, toke
     first = prepare.prepare(SAMPLE, tmp_path / "out", chunk_words=150, tokenizer=tokenizer)
     before = folder_bytes(tmp_path / "out")
     assert set(before) == {"train.jsonl", "val.jsonl", "test.jsonl", "rejects.jsonl", "report.json"}
-    splits = {name: read_rows(tmp_path / "out" / f"{name}.jsonl") for name in prepare.SPLITS}
+    splits = {name: read_rows(tmp_path / "out" / f"{name}.jsonl") for name in SPLITS}
     assert {name: len(rows) for name, rows in splits.items()} == first["rows"]
     for a, b in combinations(splits.values(), 2):
         check_no_leak(a, b)
@@ -629,9 +630,18 @@ def test_label_token_collisions(tokenizer):
     assert labels == ["tech", "technology"]
 
 
+def test_cut_texts_are_those_that_lose_their_end_in_the_prompt(tmp_path, tokenizer):
+    result = prepare.prepare(SAMPLE, tmp_path, tokenizer=tokenizer, max_seq_len=120)
+    rows = [row for name in SPLITS for row in read_rows(tmp_path / f"{name}.jsonl")]
+    short, long = (build_prompt(tokenizer, labels_of(rows), max_seq_len=limit) for limit in (120, 2000))
+    cut = sum(short.text_ids(row) != long.text_ids(row) for row in rows)
+    assert result["tokens"]["cut_texts"] == cut
+    assert 10 < cut < len(rows) - 10
+
+
 def test_planted_leaks_are_found():
     pairs = invented_texts(60)
-    splits = prepare.split_documents(documents_of(pairs), val_share=0.2, test_share=0.2)
+    splits = split_documents(documents_of(pairs), val_share=0.2, test_share=0.2)
     assert not any(report.leaks(splits).values())
     train, test = splits["train"][0], splits["test"]
     test.append(Document(901, train.text.upper(), train.label, name="line 901"))
@@ -648,7 +658,7 @@ def test_planted_leaks_are_found():
 def test_warnings_name_what_is_wrong(tokenizer):
     pairs = invented_texts(200)
     pairs += [(f"A rare text about {n} singers.", "technology") for n in range(2)]
-    splits = prepare.split_documents(documents_of(pairs))
+    splits = split_documents(documents_of(pairs))
     splits["test"].append(splits["train"][0])
     found = "\n".join(report.data_report(splits, tokenizer, max_seq_len=60)["warnings"])
     for expected in (
@@ -661,12 +671,12 @@ def test_warnings_name_what_is_wrong(tokenizer):
         "of 203 texts are longer than",
     ):
         assert expected in found
-    clean = prepare.split_documents(documents_of(invented_texts(200)))
+    clean = split_documents(documents_of(invented_texts(200)))
     assert report.data_report(clean, tokenizer)["warnings"] == []
 
 
 def test_baseline_beats_the_majority_where_words_tell(tokenizer):
-    splits = prepare.split_documents(documents_of(invented_texts(150)), test_share=0.2)
+    splits = split_documents(documents_of(invented_texts(150)), test_share=0.2)
     scores = report.baseline(splits["train"], splits["test"])
     assert scores["tfidf_accuracy"] > 0.9 and scores["majority_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     assert sum(map(sum, scores["confusion"])) == len(splits["test"])

@@ -1,0 +1,76 @@
+"""Which column of a news file is what: by the usual names, by the shape of known files, or as the user says."""
+
+import re
+from pathlib import Path
+
+from dataset.rows import DataError
+
+# Column names are compared without case, spaces, hyphens and underscores: "Class Index" is "classindex".
+TEXT_NAMES = {"text", "content", "article", "body", "description", "news", "sentence", "review"}
+TEXT_NAMES |= {"文本", "内容", "正文", "新闻"}
+LABEL_NAMES = {"label", "category", "class", "classindex", "topic", "target", "section", "labeltext", "labelname"}
+LABEL_NAMES |= {"标签", "类别", "分类"}
+TITLE_NAMES = {"title", "headline", "标题"}
+DOCUMENT_NAMES = {"filename", "articleid", "documentid", "docid", "id", "文件名"}
+
+AG_NEWS_COLUMNS = ["class index", "title", "description"]
+
+
+def plain_name(name: str) -> str:
+    """A column name without case, spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def name_columns(head: list[str], sample: list[list[str]], asked: dict[str, str | None]) -> tuple[list[str], bool]:
+    """Column names, and whether the first line holds them.
+
+    Args:
+        head: the fields of the first line.
+        sample: the records of the first lines, as far as they can be read.
+        asked: columns by role as the user names them, None where the usual names are to tell.
+    """
+    if any(name is not None and name.isdecimal() for name in asked.values()):
+        return [str(number) for number in range(1, len(head) + 1)], False
+    known = TEXT_NAMES | LABEL_NAMES | TITLE_NAMES | DOCUMENT_NAMES
+    if any(plain_name(name) in known or name in asked.values() for name in head):
+        return [name.strip() for name in head], True
+
+    def holds_numbers(column: int) -> bool:
+        numbers = sum(fields[column].strip().isdecimal() for fields in sample)
+        return head[column].strip().isdecimal() and 10 * numbers >= 9 * len(sample)
+
+    if len(head) == 3 and holds_numbers(0):
+        return AG_NEWS_COLUMNS, False
+    if len(head) == 2 and holds_numbers(1):
+        return ["text", "class index"], False
+    if len(head) == 2 and holds_numbers(0):
+        return ["class index", "text"], False
+    return head, True
+
+
+def find_roles(path: Path, columns: list[str], asked: dict[str, str | None]) -> dict[str, str]:
+    """Which column holds the text, the label, the title and the article's name; the last two are optional.
+
+    Raises:
+        DataError: none or several columns may hold the text or the label, or a column asked for is not there.
+    """
+    listed = ", ".join(columns) or "none"
+    found = {}
+    for role, names in (("text", TEXT_NAMES), ("label", LABEL_NAMES), ("title", TITLE_NAMES)):
+        if asked.get(role) is not None:
+            if asked[role] not in columns:
+                raise DataError(f"{path}: no column {asked[role]!r}; the columns are: {listed}")
+            found[role] = [asked[role]]
+        else:
+            found[role] = [name for name in columns if plain_name(name) in names and name not in asked.values()]
+    if not found["text"]:
+        found["text"], found["title"] = found["title"], []  # a file of headlines
+    for role in ("text", "label"):
+        if len(found[role]) != 1:
+            doubt = f"{' or '.join(found[role])}?" if found[role] else "no usual name among them."
+            raise DataError(
+                f"{path}: which column is the {role}: {doubt} The columns are: {listed}. "
+                "Say text_column=... label_column=..."
+            )
+    found["document"] = [name for name in columns if plain_name(name) in DOCUMENT_NAMES and name not in asked.values()]
+    return {role: names[0] for role, names in found.items() if names}

@@ -1,0 +1,60 @@
+"""Lines of a delimited file -> records, for files whose quotes may be broken."""
+
+import csv
+from pathlib import Path
+
+from dataset.rows import DataError
+
+SAMPLE_LINES = 50  # first lines that decide on delimiter and header
+# A quote that is never closed must not swallow the file: a record that spans more lines is broken.
+LONGEST_RECORD = 200  # lines
+LONGEST_FIELD = 1 << 24  # characters
+
+
+def find_delimiter(path: Path, lines: list[str]) -> str:
+    """The delimiter that cuts most of the first lines into as many fields as the very first one.
+
+    Raises:
+        DataError: neither tab, comma nor semicolon separates columns.
+    """
+    sample = [line for line in lines[:SAMPLE_LINES] if line.strip()]
+
+    def regular_lines(delimiter: str) -> int:
+        counts = [len(next(csv.reader([line], delimiter=delimiter))) for line in sample]
+        return sum(count == counts[0] for count in counts) if counts[0] > 1 else 0
+
+    best = max("\t,;", key=regular_lines)
+    if not regular_lines(best):
+        raise DataError(f"{path}:1: no tab, comma or semicolon separates columns in {sample[0][:80]!r}")
+    return best
+
+
+def read_record(
+    lines: list[str], start: int, delimiter: str, columns: int | None = None
+) -> tuple[list[str] | None, int, str]:
+    """The record that begins at `lines[start]`: its fields, how many lines it takes, what is wrong with it.
+
+    A broken record takes one line, so that reading goes on right behind it.
+    """
+    if delimiter == "\t":
+        # Tab-separated files are usually written without quoting: a quote is a character like any other.
+        fields = lines[start].split("\t")
+        if columns is None or len(fields) == columns:
+            return [_unquote(value) for value in fields], 1, ""
+    end = min(len(lines), start + LONGEST_RECORD)
+    reader = csv.reader((lines[number] + "\n" for number in range(start, end)), delimiter=delimiter, strict=True)
+    try:
+        fields = next(reader)
+    except csv.Error as error:
+        wrong = f"{len(fields)} fields instead of {columns}" if delimiter == "\t" else f"broken quotes ({error})"
+        return None, 1, wrong
+    if columns is not None and len(fields) != columns:
+        return None, 1, f"{len(fields)} fields instead of {columns}"
+    return fields, reader.line_num, ""
+
+
+def _unquote(value: str) -> str:
+    """Undo the quoting of programs that do quote in tab-separated files: outer quotes, every inner one doubled."""
+    inner = value[1:-1]
+    quoted = len(value) > 2 and value[0] == value[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else value
