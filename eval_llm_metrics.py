@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             for row, prediction in zip(rows, predictions, strict=True)
         ]
         report["judge"] = llm_as_a_judge.run_judge(judged, list(classifier.prompt.labels), args)
+        llm_as_a_judge.print_report(report["judge"])
     write_atomically(report_path, json.dumps(report, ensure_ascii=False, indent=1).encode())
     plot_confusion(figures, picture)
     print(f"  {report_path}\n  {picture}")

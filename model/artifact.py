@@ -78,7 +78,7 @@ def save_artifact(path: Path, tensors: dict[str, torch.Tensor], description: Des
 
 
 def save_merged(path: Path, model: torch.nn.Module, description: Description, tokenizer) -> None:
-    """Write classifier and frozen base as one file: tensors `base.*` and the trained ones, the tokenizer in the header."""
+    """Write classifier and base as one file: tensors `base.*` and the trained ones, the tokenizer in the header."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     plain.pop("base.lm_head.weight")  # it is the token embedding
     header = {

@@ -192,7 +192,7 @@ def attention(query, key, value, mask):
 
 
 def attention_with_weights(query, key, value, mask):
-    """Attention by matrix products, with its weights (B, N, T, S). The heads of a group read their keys in one product."""
+    """Attention by matrix products, with its weights (B, N, T, S); a group of heads reads its keys in one product."""
     if mask is None:
         mask = causal_mask(query.shape[2], key.shape[2], query.device)
     heads, kv_heads = query.shape[1], key.shape[1]

@@ -92,7 +92,8 @@ def test_prompt_is_the_chat_template_and_the_label_has_its_listed_ids(tokenizer)
     rendered = tokenizer.decode([*prompt.prompt_ids(row), *prompt.label_ids[2]])
     listed = "\n".join(LABELS)
     assert rendered == (
-        f"<|im_start|>user\nClassify the text into one of these labels:\n{listed}\n\nText:\nMarkets\nShares rose.<|im_end|>\n"
+        f"<|im_start|>user\nClassify the text into one of these labels:\n{listed}\n\n"
+        "Text:\nMarkets\nShares rose.<|im_end|>\n"
         "<|im_start|>assistant\ntech<|im_end|>"
     )
     for ids in prompt.label_ids:

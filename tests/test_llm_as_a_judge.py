@@ -16,11 +16,11 @@ import pytest
 from judge_server import JudgeServer, Reply, agree, chat, document, verdict
 from sklearn.metrics import cohen_kappa_score
 
-from train import judge_client
 import llm_as_a_judge
 from dataset.rows import DataError
-from train.judge_client import JudgeError, find_key, retry_after
 from llm_as_a_judge import SYSTEM_PROMPT, add_judge_arguments, build_request, kappa, print_report, run_judge
+from train import judge_client
+from train.judge_client import JudgeError, find_key, retry_after
 
 CANARY = "sk-CANARY-4f1c9be2"
 LABELS = ["business", "sport", "tech"]
