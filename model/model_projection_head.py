@@ -3,8 +3,8 @@
 MiniMind is causal: a `<cls>` at the first position of an ordinary sequence sees nothing but itself, and its output
 would be one constant for all texts. Here `<cls>` stands first and sees everything: its row of the mask is full, and its
 rotary position is the one behind the last token. The text's own rows do not see it, so it is the same as a `<cls>`
-behind the text under the plain causal mask. For the same reason the frozen base's keys and values of a text never change:
-`text_cache` computes them once, and `forward_cached` runs one token a text from then on.
+behind the text under the plain causal mask. For the same reason the frozen base's keys and values of a text never
+change: `text_cache` computes them once, and `forward_cached` runs one token a text from then on.
 """
 
 import torch
