@@ -6,15 +6,15 @@ IN_VENV := .venv/bin
 
 # Adaptive-rank LoRA on the bundled data and base, then its evaluation.
 demo: .venv/installed
-	$(IN_VENV)/python train/train_lora.py --val_path dataset/sample_news/val.jsonl
+	$(IN_VENV)/python train/train_lora.py --val_path dataset/sample_news/val.jsonl --epochs 6
 	$(IN_VENV)/python eval_llm_metrics.py --lora_weight lora_classifier
 	@echo "rank report: out/lora/lora_classifier.ranks.png, learning curve: out/lora/lora_classifier_256.curve.png"
 
 # All four methods on the bundled data, side by side.
 methods: .venv/installed
-	$(IN_VENV)/python train/train_lora.py --val_path dataset/sample_news/val.jsonl
-	$(IN_VENV)/python train/train_adapter.py --val_path dataset/sample_news/val.jsonl
-	$(IN_VENV)/python train/train_prompt_tuning.py --val_path dataset/sample_news/val.jsonl
+	$(IN_VENV)/python train/train_lora.py --val_path dataset/sample_news/val.jsonl --epochs 6
+	$(IN_VENV)/python train/train_adapter.py --val_path dataset/sample_news/val.jsonl --epochs 6
+	$(IN_VENV)/python train/train_prompt_tuning.py --val_path dataset/sample_news/val.jsonl --epochs 6
 	$(IN_VENV)/python train/train_projection_head.py --val_path dataset/sample_news/val.jsonl
 	$(IN_VENV)/python eval_llm_metrics.py --compare
 

@@ -73,7 +73,9 @@ def apply_lora(model: nn.Module, rank_map: dict[str, int], alpha: float | None =
         ValueError: a name is no linear layer of the model, or a rank is out of range.
     """
     model.requires_grad_(False)
-    for name, rank in rank_map.items():
+    # In the model's order, whatever the map's: fresh values must not depend on how a JSON file was sorted.
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    for name, rank in sorted(rank_map.items(), key=lambda item: order.get(item[0], -1)):
         parent_name, _, child = name.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)

@@ -151,7 +151,9 @@ def test_artifact_says_all_and_rank_map_is_reused(clean_runs, tiny_base_folder, 
     beside = path.with_suffix(".rank_map.json")
     assert json.loads(beside.read_text()) == description.settings["rank_map"]
     assert path.with_suffix(".curve.png").stat().st_size > 1000
-    run(*command("lora", tiny_base_folder, data_files, "--rank_map", beside), cwd=tmp_path)
+    other_order = tmp_path / "map.json"
+    other_order.write_text(json.dumps(dict(sorted(description.settings["rank_map"].items(), reverse=True))))
+    run(*command("lora", tiny_base_folder, data_files, "--rank_map", other_order), cwd=tmp_path)
     assert bits(artifact("lora", tmp_path)) == bits(path)
     with safe_open(path, "pt") as file:
         assert all(".lora." in name for name in file.keys())  # noqa: SIM118
