@@ -129,7 +129,9 @@ def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, 
     assert result.returncode == 0, result.stderr[-3000:]
     assert bits(artifact(method, two)) == bits(artifact(method, one))
     histories = [read_artifact(artifact(method, folder))[1].run["validation"] for folder in (one, two)]
-    assert histories[0] == histories[1]
+    # Each row is scored once; which rows pad which differs, so the loss may differ in its last digit.
+    for first, second in zip(*histories, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
     # A batch of 8 in one piece sums in another order: equal within rounding, but for dropout.
     if method != "projection_head":
         whole = tmp_path / "whole"

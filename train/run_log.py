@@ -37,7 +37,7 @@ class RunLog:
     def _is_before(line: dict, progress: Progress) -> bool:
         if "val_epoch" in line:
             return line["val_epoch"] < progress.epoch
-        return line["epoch"] < progress.epoch or (line["epoch"] == progress.epoch and line["in_epoch"] < progress.step)
+        return line["epoch"] < progress.epoch or (line["epoch"] == progress.epoch and line["in_epoch"] <= progress.step)
 
     def write(self, **values) -> None:
         if self.file:
