@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -237,5 +236,4 @@ def export(model: MiniMindForCausalLM, tokenizer, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    np.random.seed(0)
     train(parse_arguments())
