@@ -211,6 +211,35 @@ def test_cache_bound_changes_nothing_but_what_is_kept(tiny_base, tokenizer, rows
     assert 0 < len(some.kept) < 4
 
 
+def test_training_on_the_cache_equals_training_on_whole_texts(tiny_base, tokenizer, rows):
+    """The same batches and dropout, once from cached keys and values and once in one pass over `<cls>` and text."""
+    prompt = text_only_prompt(build_prompt(tokenizer, LABELS, max_seq_len=64))
+    examples = encode(rows[:16], prompt)
+    ends = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        model = ClsTunedModel(copy.deepcopy(tiny_base), len(LABELS)).train()
+        texts = TextCache(model, examples, 1.0, "cpu")
+        optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=0.02)
+        start = model.cls_embedding.detach().clone()
+        for step in range(12):
+            torch.manual_seed(step)
+            indices = range(step % 4 * 4, step % 4 * 4 + 4)
+            if cached:
+                batch = texts.batch(indices)
+                logits = model.forward_cached(batch.text_cache, batch.lengths)
+            else:
+                batch = collate([examples[index] for index in indices], prompt, "cpu", False)
+                logits = model(batch.input_ids, batch.lengths)
+            F.cross_entropy(logits, batch.labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append({name: p.detach() for name, p in trained_tensors(model).items()})
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], atol=1e-6, rtol=0)
+    assert (ends[0]["cls_embedding"] - start).abs().max() > 1e-3  # a thousand times the bound: it did train
+
+
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 

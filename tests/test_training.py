@@ -145,6 +145,12 @@ def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, 
             torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3)
 
 
+def test_without_room_for_its_cache_the_head_ends_in_the_same_bits(clean_runs, tiny_base_folder, data_files, tmp_path):
+    run(*command("projection_head", tiny_base_folder, data_files, "--cache_gb", 0), cwd=tmp_path)
+    clean = clean_runs("projection_head")
+    assert bits(artifact("projection_head", tmp_path)) == bits(artifact("projection_head", clean))
+
+
 def test_artifact_says_all_and_rank_map_is_reused(clean_runs, tiny_base_folder, data_files, tmp_path):
     path = artifact("lora", clean_runs("lora"))
     tensors, description = read_artifact(path)
