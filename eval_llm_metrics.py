@@ -19,7 +19,7 @@ import llm_as_a_judge
 from dataset.classification_dataset import BUNDLED_DATA
 from dataset.rows import DataError, Row, read_rows
 from model.artifact import write_atomically
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, find_weight
 from train import arguments, leaderboard
 from train.classifiers import artifact_classifier, base_classifier, merged_classifier
 from train.evaluation import class_table, comparison_table, evaluate, honest_lines, plot_confusion
@@ -113,6 +113,7 @@ def classify(args, classifier) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     train_rows = read_rows(args.train_path)
+    args.weight = str(find_weight(args.weight, args.hidden_size))  # once, since it prints what it falls back on
     if args.compare:
         leaderboard.compare(args, train_rows, read_rows(args.data_path))
         return

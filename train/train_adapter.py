@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset.classification_dataset import collate, encode, load_splits
+from dataset.classification_dataset import load_splits
 from model.artifact import trained_tensors
-from model.label_scoring import answer_loss
 from model.model_adapter import adapter_parameter_count, apply_adapter
 from train import arguments, distributed, setup
+from train.language_task import LanguageTask
 from train.run_log import plot_learning_curve
-from train.scoring import language_scorer, score_examples, validation_scores
 from train.trainer import fit
 
 
@@ -40,8 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Base
     model, tokenizer = setup.open_base(args, args.from_weight, train_rows)
     prompt = setup.open_prompt(args, tokenizer, train_rows)
-    train_examples, val_examples = encode(train_rows, prompt), encode(val_rows, prompt)
-    lengths = [len(example.ids) for example in train_examples]
+    task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
 
     # 4. Adapters
     arguments.seed_initialisation(args.seed)
@@ -54,20 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         model.model.compile()
 
     # 5. Fit
-    def batch_of(indices):
-        return collate([train_examples[index] for index in indices], prompt, args.device, with_answers=True)
-
-    def loss(batch):
-        return answer_loss(model, batch)
-
-    def validate():
-        scores = score_examples(language_scorer(model, prompt), val_examples, prompt, args.device)
-        return validation_scores(scores, val_examples)
-
     settings = {"middle_features": args.middle_features}
     description = setup.describe("adapter", settings, model, prompt, train_rows)
     identity = setup.identity_of(description, val_rows, args)
-    progress = fit(model, loss, batch_of, lengths, validate, args, identity)
+    progress = fit(model, task.loss, task.batch, task.lengths, task.validate, args, identity)
 
     # 6. Save
     path = setup.artifact_path(args, model)

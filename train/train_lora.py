@@ -15,15 +15,14 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset.classification_dataset import collate, encode, load_splits, training_steps
+from dataset.classification_dataset import load_splits, training_steps
 from model.artifact import write_atomically
-from model.label_scoring import answer_loss
 from model.model_lora import ALL_TARGETS, ATTENTION_TARGETS, apply_lora, target_layers, uniform_rank_map
 from model.rank_selection import mean_gradients, plot_spectra, rank_report, read_rank_map, select_ranks
 from train import arguments, distributed, setup
+from train.language_task import LanguageTask
 from train.resume import checkpoint_path, read_checkpoint_identity
 from train.run_log import plot_learning_curve
-from train.scoring import language_scorer, score_examples, validation_scores
 from train.trainer import fit
 
 
@@ -49,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
-def choose_rank_map(args, model, loss, batch_of, lengths, targets) -> dict[str, int]:
+def choose_rank_map(args, model, task: LanguageTask, targets) -> dict[str, int]:
     """The rank of every target layer: from the checkpoint, from a file, uniform, or by selection, with its report."""
     saved = read_checkpoint_identity(checkpoint_path(args)) if args.from_resume else None
     if saved and saved["method"] == "lora":
@@ -58,8 +57,8 @@ def choose_rank_map(args, model, loss, batch_of, lengths, targets) -> dict[str, 
         return read_rank_map(args.rank_map)
     if args.rank_eval_steps <= 0:
         return uniform_rank_map(model, args.rank, targets)
-    steps = islice(training_steps(lengths, args.batch_size, args.seed, epoch=0), args.rank_eval_steps)
-    gradients = mean_gradients(model, target_layers(model, targets), map(batch_of, steps), loss)
+    steps = islice(training_steps(task.lengths, args.batch_size, args.seed, epoch=0), args.rank_eval_steps)
+    gradients = mean_gradients(model, target_layers(model, targets), map(task.batch, steps), task.loss)
     spectra = select_ranks(gradients, args.svd_tau, args.svd_k, args.svd_q, args.seed)
     if distributed.is_main():
         print(rank_report(spectra, model, args.svd_tau, args.rank))
@@ -80,21 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Base
     model, tokenizer = setup.open_base(args, args.from_weight, train_rows)
     prompt = setup.open_prompt(args, tokenizer, train_rows)
-    train_examples, val_examples = encode(train_rows, prompt), encode(val_rows, prompt)
-    lengths = [len(example.ids) for example in train_examples]
-
-    def batch_of(indices):
-        return collate([train_examples[index] for index in indices], prompt, args.device, with_answers=True)
-
-    def loss(batch):
-        return answer_loss(model, batch)
-
-    def validate():
-        scores = score_examples(language_scorer(model, prompt), val_examples, prompt, args.device)
-        return validation_scores(scores, val_examples)
+    task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
 
     # 4. LoRA
-    rank_map = choose_rank_map(args, model, loss, batch_of, lengths, targets)
+    rank_map = choose_rank_map(args, model, task, targets)
     arguments.seed_initialisation(args.seed)
     apply_lora(model, rank_map, args.alpha)
     if args.use_compile == "1":
@@ -104,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"rank_map": rank_map, "alpha": args.alpha}
     description = setup.describe("lora", settings, model, prompt, train_rows)
     identity = setup.identity_of(description, val_rows, args)
-    progress = fit(model, loss, batch_of, lengths, validate, args, identity)
+    progress = fit(model, task.loss, task.batch, task.lengths, task.validate, args, identity)
 
     # 6. Save
     path = setup.artifact_path(args, model)

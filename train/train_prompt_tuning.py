@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset.classification_dataset import collate, encode, load_splits
+from dataset.classification_dataset import load_splits
 from dataset.prompts import with_virtual_tokens
-from model.label_scoring import answer_loss
 from model.model_prompt_tuning import INITIALISATIONS, PromptTuningModel, initial_virtual_tokens
 from train import arguments, distributed, setup
+from train.language_task import LanguageTask
 from train.run_log import plot_learning_curve
-from train.scoring import language_scorer, score_examples, validation_scores
 from train.trainer import fit
 
 
@@ -52,26 +51,15 @@ def main(argv: list[str] | None = None) -> None:
     start = initial_virtual_tokens(base, args.num_virtual_tokens, args.prompt_init, text_ids, args.seed)
     model = PromptTuningModel(base, start)
     prompt = with_virtual_tokens(plain_prompt, args.num_virtual_tokens)
-    train_examples, val_examples = encode(train_rows, prompt), encode(val_rows, prompt)
-    lengths = [len(example.ids) for example in train_examples]
+    task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
     if args.use_compile == "1":
         base.model.compile()
 
     # 5. Fit
-    def batch_of(indices):
-        return collate([train_examples[index] for index in indices], prompt, args.device, with_answers=True)
-
-    def loss(batch):
-        return answer_loss(model, batch)
-
-    def validate():
-        scores = score_examples(language_scorer(model, prompt), val_examples, prompt, args.device)
-        return validation_scores(scores, val_examples)
-
     settings = {"num_virtual_tokens": args.num_virtual_tokens, "prompt_init": args.prompt_init}
     description = setup.describe("prompt_tuning", settings, base, plain_prompt, train_rows)
     identity = setup.identity_of(description, val_rows, args)
-    progress = fit(model, loss, batch_of, lengths, validate, args, identity)
+    progress = fit(model, task.loss, task.batch, task.lengths, task.validate, args, identity)
 
     # 6. Save
     path = setup.artifact_path(args, model)
