@@ -127,8 +127,9 @@ def _classifier(model: torch.nn.Module, description: Description, tokenizer, dev
         method=description.method,
         prompt=prompt,
         scorer=language_scorer(model, prompt) if speaks else head_scorer(model),
-        model=model if speaks else None,
+        model=model,
         trained_parameters=description.run.get("trained_parameters", 0),
         device=device,
+        speaks=speaks,
         details=description.run,
     )

@@ -29,7 +29,8 @@ class Classifier:
         method: its name in reports.
         prompt: how a row becomes tokens.
         scorer: batch -> (B, C) log scores.
-        model: the language model to generate with, None for a classifier that does not answer in words.
+        model: the base with its method on it.
+        speaks: whether the model answers in words.
         trained_parameters: 0 for the frozen base.
         details: what its artifact says of its run.
     """
@@ -37,9 +38,10 @@ class Classifier:
     method: str
     prompt: Prompt
     scorer: Callable
-    model: object | None
+    model: torch.nn.Module
     trained_parameters: int
     device: str
+    speaks: bool = True
     details: dict = field(default_factory=dict)
 
     def scores(self, rows: Sequence[Row], progress_bar: bool = False) -> torch.Tensor:
@@ -49,7 +51,7 @@ class Classifier:
 
     def answers(self, rows: Sequence[Row]) -> list[str] | None:
         """Greedy answers in words; None for a classifier that has none."""
-        if self.model is None:
+        if not self.speaks:
             return None
         examples = encode(rows, self.prompt, need_labels=False)
         answers = [""] * len(rows)
