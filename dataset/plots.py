@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
 from dataset.classification_dataset import IGNORED, Example, collate
 from dataset.prompts import Prompt
@@ -41,7 +42,7 @@ def use_readable_fonts() -> str:
         A sentence: which font that is, or that none is installed and how to get one.
     """
     installed = set(font_manager.get_font_names())
-    found = next((name for name in CJK_FONTS if name in installed), None)
+    found = next((name for name in CJK_FONTS if name in installed), None) or _font_by_its_characters()
     if found is None:
         return (
             "No font with Chinese characters is installed: Chinese labels would appear as boxes in the plots. "
@@ -49,6 +50,20 @@ def use_readable_fonts() -> str:
         )
     plt.rcParams["font.family"] = ["DejaVu Sans", found]
     return f"Chinese characters in plots are drawn with {found}."
+
+
+def _font_by_its_characters() -> str | None:
+    """An installed font with (simplified) Chinese characters, whatever its name; None where there is none."""
+    needed = set(map(ord, "新闻财经体育"))
+    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
+        try:
+            characters = FT2Font(entry.fname).get_charmap().keys()
+        except (OSError, RuntimeError):  # a font that was removed, or that FreeType cannot read
+            continue
+        # "Last Resort" claims every character and draws each as a box.
+        if needed <= characters and not entry.name.lstrip(".").startswith(("Last Resort", "LastResort")):
+            return entry.name
+    return None
 
 
 def plot_classes(counts: dict[str, dict[str, int]], title: str) -> Figure:

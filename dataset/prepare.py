@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,6 +25,8 @@ from dataset.read_raw import RAW_CUT, Document, RawFile, Removed, read_raw
 from dataset.report import data_report
 from dataset.splits import Splits, chunk_splits, split_documents
 from dataset.text import clean_label, clean_text, is_empty
+
+SHOWN_REJECTS = 5  # rows that the command line prints; all are in rejects.jsonl
 
 
 def clean(documents: list[Document]) -> tuple[list[Document], list[Removed], dict[str, str]]:
@@ -215,12 +218,29 @@ def main() -> None:
     options["tokenizer"] = load_tokenizer(options["tokenizer"])
     output_dir = options["output_dir"]
 
-    report = prepare(options.pop("file"), **options)
+    print_report(prepare(options.pop("file"), **options), output_dir)
+
+
+def print_report(report: dict, output_dir: str) -> None:
+    """Print what a user has to know of a report: every line's way, the first rejects, warnings, what is to beat."""
     lines = report["lines"]
     print("lines in {lines_in} = kept {kept} + dropped {dropped} + rejected {rejected}".format(**lines))
     for reason, count in {**lines["dropped_by_reason"], **lines["rejected_by_reason"]}.items():
         print(f"  {count} {reason}")
+    with open(Path(output_dir) / "rejects.jsonl", encoding="utf-8") as file:
+        for row in map(json.loads, islice(file, SHOWN_REJECTS)):
+            print(f"  line {row['line']}: {row['reason']}: {row['raw'][:80]!r}")
+    if lines["rejected"] > SHOWN_REJECTS:
+        print(f"  {lines['rejected'] - SHOWN_REJECTS} more in rejects.jsonl")
     print(", ".join(f"{name} {rows} rows" for name, rows in report["rows"].items()))
+    if tokens := report.get("tokens"):
+        rows = sum(report["rows"].values())
+        share = f"{tokens['cut_texts']} of {rows} texts ({100 * tokens['cut_texts'] / rows:.1f} %)"
+        print(f"{share} are cut at {tokens['max_seq_len']} tokens")
+    if baseline := report["baseline"]:
+        names = {"majority_accuracy": "largest class", "tfidf_accuracy": "TF-IDF with logistic regression"}
+        scores = ", ".join(f"{name} {100 * baseline[key]:.1f} %" for key, name in names.items())
+        print(f"test accuracy to beat: {scores}")
     for warning in report["warnings"]:
         print(f"note: {warning}")
     print(f"wrote {output_dir}: the splits, rejects.jsonl, report.json")

@@ -29,28 +29,60 @@ def find_delimiter(path: Path, lines: list[str]) -> str:
     return best
 
 
+def has_quoting(line: str, delimiter: str) -> bool:
+    """Whether a file with this first line encloses fields in quotes.
+
+    Tab-separated files are usually written without: there a quote is a character like any other, unless already the
+    first line holds nothing but quoted fields.
+    """
+    return delimiter != "\t" or all(len(field) > 1 and field[0] == field[-1] == '"' for field in line.split("\t"))
+
+
 def read_record(
-    lines: list[str], start: int, delimiter: str, columns: int | None = None
+    lines: list[str], start: int, delimiter: str, quoting: bool = True, columns: int | None = None
 ) -> tuple[list[str] | None, int, str]:
     """The record that begins at `lines[start]`: its fields, how many lines it takes, what is wrong with it.
 
     A broken record takes one line, so that reading goes on right behind it.
+
+    Args:
+        quoting: what `has_quoting` says of the file.
+        columns: how many fields are right; None where that is not known yet.
     """
-    if delimiter == "\t":
-        # Tab-separated files are usually written without quoting: a quote is a character like any other.
-        fields = lines[start].split("\t")
+    if not quoting:
+        fields = lines[start].split(delimiter)
         if columns is None or len(fields) == columns:
-            return [_unquote(value) for value in fields], 1, ""
+            last, used = _last_field(lines, start, delimiter, fields[-1])
+            return [*map(_unquote, fields[:-1]), last], used, ""
     end = min(len(lines), start + LONGEST_RECORD)
     reader = csv.reader((lines[number] + "\n" for number in range(start, end)), delimiter=delimiter, strict=True)
     try:
         fields = next(reader)
     except csv.Error as error:
-        wrong = f"{len(fields)} fields instead of {columns}" if delimiter == "\t" else f"broken quotes ({error})"
-        return None, 1, wrong
+        return None, 1, f"broken quotes ({error})" if quoting else f"{len(fields)} fields instead of {columns}"
     if columns is not None and len(fields) != columns:
         return None, 1, f"{len(fields)} fields instead of {columns}"
     return fields, reader.line_num, ""
+
+
+def _last_field(lines: list[str], start: int, delimiter: str, field: str) -> tuple[str, int]:
+    """The last field of a record without quoting, and how many lines the record takes.
+
+    Some programs quote after all where a text has several lines. A field that opens a quote is taken for such a text
+    if a later line closes it and no line on the way holds a delimiter; else its quote is a stray one.
+    """
+    if field.startswith('"') and field.count('"') % 2:
+        text = field
+        for number in range(start + 1, min(len(lines), start + LONGEST_RECORD)):
+            if delimiter in lines[number]:
+                break
+            text += "\n" + lines[number]
+            if lines[number].count('"') % 2:
+                inner = text[1:-1].replace('""', "")
+                if text.endswith('"') and '"' not in inner:
+                    return text[1:-1].replace('""', '"'), number - start + 1
+                break
+    return _unquote(field), 1
 
 
 def _unquote(value: str) -> str:

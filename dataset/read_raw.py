@@ -9,12 +9,13 @@ import csv
 import json
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataset.raw_columns import AG_NEWS_COLUMNS, find_roles, name_columns, plain_name
-from dataset.raw_tables import LONGEST_FIELD, SAMPLE_LINES, find_delimiter, read_record
+from dataset.raw_tables import LONGEST_FIELD, SAMPLE_LINES, find_delimiter, has_quoting, read_record
 from dataset.rows import DataError
 
 AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -145,12 +146,11 @@ def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> R
     try:
         delimiter = find_delimiter(path, lines)
         first = next(number for number, line in enumerate(lines) if line.strip())
-        head, head_lines, problem = read_record(lines, first, delimiter)
+        read = partial(read_record, lines, delimiter=delimiter, quoting=has_quoting(lines[first], delimiter))
+        head, head_lines, problem = read(first)
         if head is None:
             raise DataError(f"{path}:{first + 1}: the first line cannot be read: {problem}")
-        sample = [
-            read_record(lines, number, delimiter, len(head))[0] for number in range(min(SAMPLE_LINES, len(lines)))
-        ]
+        sample = [read(number, columns=len(head))[0] for number in range(min(SAMPLE_LINES, len(lines)))]
         columns, has_header = name_columns(head, [fields for fields in sample if fields is not None], asked)
         roles = find_roles(path, columns, asked)
         names = {"\t": "tab-separated", ",": "comma-separated", ";": "semicolon-separated"}
@@ -170,7 +170,7 @@ def _read_table(path: Path, lines: list[str], asked: dict[str, str | None]) -> R
                 if not lines[position].strip():
                     raw.blank_lines.append(number)
                 else:
-                    fields, used, problem = read_record(lines, position, delimiter, len(columns))
+                    fields, used, problem = read(position, columns=len(columns))
                     record = "\n".join(lines[position : position + used])
                     if fields is None:
                         _reject(raw, number, problem, record)

@@ -4,6 +4,8 @@ import hashlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 
+from tqdm import tqdm
+
 from dataset.duplicates import NEAR, drop_duplicates
 from dataset.read_raw import Document, Removed
 from dataset.rows import DataError
@@ -78,8 +80,8 @@ def chunk_splits(splits: Splits, most_words: int, near: float = NEAR) -> tuple[S
     split_of = {document.name: name for name, documents in splits.items() for document in documents}
     chunks = [
         replace(document, text=chunk)
-        for documents in splits.values()
-        for document in documents
+        for name, documents in splits.items()
+        for document in tqdm(documents, f"chunks of {name}", unit="article", delay=1, leave=False)
         for chunk in chunk_text(document.text, most_words)
     ]
     kept, dropped = drop_duplicates(chunks, near)

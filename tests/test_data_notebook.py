@@ -3,10 +3,13 @@
 import ast
 import html
 import shutil
+import warnings
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from nbclient import NotebookClient
 
@@ -104,7 +107,8 @@ def test_chinese_font_is_a_fallback_where_one_is_installed(monkeypatch):
 
 
 def test_a_missing_chinese_font_is_said(monkeypatch):
-    monkeypatch.setattr(font_manager, "get_font_names", lambda: ["DejaVu Sans"])
+    manager = font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [entry for entry in manager.ttflist if entry.name == "DejaVu Sans"])
     assert "apt-get install fonts-noto-cjk" in plots.use_readable_fonts()
     assert plt.rcParams["font.family"] == ["DejaVu Sans"]
 
@@ -121,6 +125,40 @@ def test_marked_tokens_are_the_label_and_the_end_and_nothing_of_the_text(tokeniz
     assert "<b>" not in shown  # the text is shown, not obeyed
     assert html.escape(row.text) in shown
     assert f"{len(prompt.prompt_ids(row))} tokens read, {len(prompt.label_ids[1])} trained" in shown
+
+
+@pytest.fixture
+def unlisted_font(tmp_path, monkeypatch) -> str:
+    """Install, for this test, a font with Chinese characters whose name no list knows; nothing else has them."""
+    glyphs = {".notdef": 0, **{f"u{ord(character):x}": ord(character) for character in "新闻财经体育"}}
+    square = TTGlyphPen(None)
+    square.moveTo((0, 0))
+    for corner in ((0, 800), (800, 800), (800, 0)):
+        square.lineTo(corner)
+    square.closePath()
+    outline = square.glyph()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({code: name for name, code in glyphs.items() if code})
+    font.setupGlyf(dict.fromkeys(glyphs, outline))
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Village Brush", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "brush.ttf")
+    manager = font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [entry for entry in manager.ttflist if entry.name == "DejaVu Sans"])
+    manager.addfont(tmp_path / "brush.ttf")
+    return "Village Brush"
+
+
+def test_a_chinese_font_that_no_list_names_is_found_by_its_characters(unlisted_font):
+    assert unlisted_font in plots.use_readable_fonts()
+    assert plt.rcParams["font.family"] == ["DejaVu Sans", unlisted_font]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a character without a glyph is one
+        plots.plot_classes({"财经": {"all": 3}, "sport": {"all": 2}}, "体育新闻").canvas.draw()
 
 
 def test_labels_with_dollar_signs_are_drawn_as_they_are():

@@ -103,6 +103,40 @@ def test_quoted_fields_of_a_tab_separated_file_are_unquoted(tmp_path):
     assert read_raw.read_raw(path).documents[0].text == text
 
 
+def test_a_tab_separated_file_with_every_field_in_quotes(tmp_path):
+    rows = [["text", "label"], ['He said "no".', "politics"], ["one\ttab, two\nlines", "tech"], ["", "sport"]]
+    file = io.StringIO()
+    csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    raw = read_raw.read_raw(written(tmp_path / "a.tsv", file.getvalue() + '"no label"\n'))
+    assert [[document.text, document.label] for document in raw.documents] == rows[1:]
+    assert (raw.header_lines, raw.continuation_lines, reasons(raw)) == (1, 1, {6: "1 fields instead of 2"})
+
+
+def test_a_quoted_text_of_several_lines_is_not_cut_in_a_tab_separated_file(tmp_path):
+    path = written(
+        tmp_path / "a.tsv",
+        "label\ttext\n"
+        'tech\t"One ""quoted"" line,\n\nand the last."\n'
+        'sport\t"A stray quote opens this one.\n'
+        'sport\t"Two stray quotes", said nobody "here.\n'
+        "a broken line\n"
+        'sport\t"This never ends,\n'
+        'nor does "this" at all\n'
+        'tech\tends with a quote"\n'
+        'tech\t"open at the end of the file\n',
+    )
+    raw = read_raw.read_raw(path)
+    assert [(document.line, document.text) for document in raw.documents] == [
+        (2, 'One "quoted" line,\n\nand the last.'),
+        (5, '"A stray quote opens this one.'),
+        (6, '"Two stray quotes", said nobody "here.'),
+        (8, '"This never ends,'),
+        (10, 'ends with a quote"'),
+        (11, '"open at the end of the file'),
+    ]
+    assert sorted(reasons(raw)) == [7, 9] and raw.continuation_lines == 2
+
+
 @pytest.mark.parametrize("header", [["ArticleId", "Text", "Category"], ["Text", "Category"]])
 def test_bbc_from_kaggle(tmp_path, header):
     rows = [["7", "wine, cheese and a merger", "business"], ["9", 'the "final" ended 2-1', "sport"]]
@@ -688,6 +722,18 @@ def test_command_line_gives_the_same_bytes_in_every_process(tmp_path):
         done = run("dataset/prepare.py", SAMPLE, "--output_dir", number, cwd=tmp_path, **environment)
         assert "lines in 116 = kept" in done.stdout
     assert folder_bytes(tmp_path / "1") == folder_bytes(tmp_path / "2")
+
+
+def test_command_line_shows_rejects_cut_texts_and_what_to_beat(tmp_path):
+    rejects = [f"no label here {number}\n" for number in range(7)]
+    rows = as_csv([["text", "label"], *map(list, invented_texts(60))])
+    path = written(tmp_path / "a.csv", rows + "".join(rejects))
+    out = run("dataset/prepare.py", path, "--output_dir", "out", "--max_seq_len", 60, cwd=tmp_path).stdout
+    assert "  7 1 fields instead of 2\n" in out
+    assert "  line 62: 1 fields instead of 2: 'no label here 0'\n" in out
+    assert "line 66" in out and "line 67" not in out and "2 more in rejects.jsonl" in out
+    assert "60 of 60 texts (100.0 %) are cut at 60 tokens" in out
+    assert "largest class 33.3 %, TF-IDF with logistic regression" in out
 
 
 def test_command_line_ends_with_one_line_and_code_3(tmp_path):
