@@ -1,0 +1,103 @@
+"""This project's way: the very functions that the train and evaluation scripts call."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dataset.classification_dataset import encode, training_steps
+from dataset.prompts import text_only_prompt, with_virtual_tokens
+from dataset.rows import Row
+from model.artifact import trained_tensors
+from model.model_adapter import apply_adapter
+from model.model_lora import apply_lora, target_layers, uniform_rank_map
+from model.model_projection_head import ClsTunedModel
+from model.model_prompt_tuning import PromptTuningModel, initial_virtual_tokens
+from model.rank_selection import mean_gradients, select_ranks
+from tests.benchmarks.shape import BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
+from train.language_task import LanguageTask
+from train.scoring import language_scorer, score_examples
+from train.text_cache import TextCache
+
+
+def with_method(method: str):
+    """A model with the method on it, and its prompt."""
+    model, prompt = new_base(), new_prompt()
+    if method == "lora":
+        apply_lora(model, uniform_rank_map(model, RANK))
+    elif method == "adapter":
+        apply_adapter(model, 8)
+    elif method == "prompt":
+        start = initial_virtual_tokens(model, VIRTUAL_TOKENS, "text", list(prompt.prefix_ids), 0)
+        model, prompt = PromptTuningModel(model, start), with_virtual_tokens(prompt, VIRTUAL_TOKENS)
+    return model, prompt
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One backward and one step, as every contender does them."""
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def training(method: str, rows: list[Row]) -> Callable[[], float]:
+    """One epoch of LoRA, adapter or prompt tuning; returns the texts it trained on."""
+    model, prompt = with_method(method)
+    task = LanguageTask(model, prompt, rows, rows[:1], "cpu")
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
+
+    def run() -> float:
+        model.train()
+        for indices in training_steps(task.lengths, BATCH_SIZE, seed=0, epoch=0):
+            loss, targets = task.loss(task.batch(indices))
+            update(optimizer, loss / targets)
+        return len(rows)
+
+    return run
+
+
+def head_training(rows: list[Row], epochs: int) -> Callable[[], float]:
+    """The projection head from nothing, its cache included; returns texts times epochs."""
+    model, prompt = ClsTunedModel(new_base(), len(LABELS)), text_only_prompt(new_prompt())
+    examples = encode(rows, prompt)
+    lengths = [len(example.ids) for example in examples]
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
+
+    def run() -> float:
+        model.train()
+        texts = TextCache(model, examples, 4.0, "cpu")
+        for epoch in range(epochs):
+            for indices in training_steps(lengths, BATCH_SIZE, seed=0, epoch=epoch):
+                batch = texts.batch(indices)
+                logits = model.forward_cached(batch.text_cache, batch.lengths)
+                update(optimizer, F.cross_entropy(logits, batch.labels))
+        return len(rows) * epochs
+
+    return run
+
+
+def scoring(rows: list[Row]) -> Callable[[], float]:
+    """The score of every label for every text; returns the texts."""
+    model, prompt = with_method("base")
+    examples = encode(rows, prompt)
+
+    def run() -> float:
+        score_examples(language_scorer(model, prompt), examples, prompt, "cpu")
+        return len(rows)
+
+    return run
+
+
+def rank_selection(rows: list[Row]) -> Callable[[], float]:
+    """Gradients of one batch after the other and the rank of every layer; returns the batches."""
+    model, prompt = with_method("base")
+    task = LanguageTask(model, prompt, rows, rows[:1], "cpu")
+
+    def run() -> float:
+        steps = training_steps(task.lengths, BATCH_SIZE, seed=0, epoch=0)
+        select_ranks(mean_gradients(model, target_layers(model), map(task.batch, steps), task.loss))
+        return len(steps)
+
+    return run

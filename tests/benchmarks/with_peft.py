@@ -1,0 +1,139 @@
+"""Hugging Face PEFT at its best over `LlamaForCausalLM` with the same weights.
+
+Batches of similar length, padded to their longest row, each text with its whole prompt (PEFT shares no prefix); the
+type is an argument, so that the faster one of float32 and bfloat16 autocast counts.
+"""
+
+from collections.abc import Callable
+
+import torch
+from peft import EvaConfig, LoraConfig, PromptTuningConfig, TaskType, get_peft_model, initialize_lora_eva_weights
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from dataset.classification_dataset import training_steps
+from dataset.prompts import Prompt
+from dataset.rows import Row
+from tests.benchmarks.ours import update
+from tests.benchmarks.shape import BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def llama(kind=LlamaForCausalLM, **more):
+    """The base's weights in transformers' own Llama."""
+    base = new_base()
+    config = base.config
+    model = kind(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=2,
+            **more,
+        )
+    )
+    model.model.load_state_dict(base.model.state_dict(), strict=True)
+    if kind is LlamaForCausalLM:
+        model.tie_weights()
+    return model
+
+
+def batches(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> list[dict]:
+    """Inputs for transformers, rows of similar length together."""
+    sequences = [
+        (prompt.prompt_ids(row), prompt.label_ids[prompt.label_index(row)] if with_answers else (), row) for row in rows
+    ]
+    lengths = [len(question) + len(answer) for question, answer, _ in sequences]
+    found = []
+    for indices in training_steps(lengths, BATCH_SIZE, seed=0, epoch=0):
+        width = max(lengths[index] for index in indices)
+        ids = torch.zeros(len(indices), width, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for place, index in enumerate(indices):
+            question, answer, _ = sequences[index]
+            ids[place, : lengths[index]] = torch.tensor([*question, *answer])
+            mask[place, : lengths[index]] = 1
+            labels[place, len(question) : lengths[index]] = torch.tensor(answer, dtype=torch.long)
+        classes = torch.tensor([prompt.label_index(sequences[index][2]) for index in indices])
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels if with_answers else classes})
+    return found
+
+
+def trainer(model, inputs: list[dict], texts: int, bfloat16: bool) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def run() -> float:
+        model.train()
+        for batch in inputs:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = model(**batch).loss
+            update(optimizer, loss)
+        return texts
+
+    return run
+
+
+def training(method: str, rows: list[Row], bfloat16: bool) -> Callable[[], float]:
+    """One epoch of LoRA or prompt tuning; returns the texts it trained on."""
+    configs = {
+        "lora": LoraConfig(task_type=TaskType.CAUSAL_LM, r=RANK, lora_alpha=RANK, target_modules=TARGETS),
+        "prompt": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=VIRTUAL_TOKENS),
+    }
+    model = get_peft_model(llama(), configs[method])
+    return trainer(model, batches(new_prompt(), rows), len(rows), bfloat16)
+
+
+def head_training(rows: list[Row], bfloat16: bool) -> Callable[[], float]:
+    """One epoch of PEFT's sequence classification: LoRA and a linear head on the last token."""
+    model = llama(LlamaForSequenceClassification, num_labels=len(LABELS))
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=RANK, target_modules=TARGETS)
+    return trainer(get_peft_model(model, config), batches(new_prompt(), rows, False), len(rows), bfloat16)
+
+
+def generating(rows: list[Row]) -> Callable[[], float]:
+    """A greedy answer for every text by `generate`, in left-padded batches; returns the texts."""
+    model, prompt = llama().eval(), new_prompt()
+    longest = max(map(len, prompt.label_ids))
+    questions = sorted((prompt.prompt_ids(row) for row in rows), key=len)
+    inputs = []
+    for start in range(0, len(questions), BATCH_SIZE):
+        part = questions[start : start + BATCH_SIZE]
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(question)) + question for question in part])
+        mask = torch.tensor([[0] * (width - len(question)) + [1] * len(question) for question in part])
+        inputs.append((ids, mask))
+
+    @torch.inference_mode()
+    def run() -> float:
+        for ids, mask in inputs:
+            model.generate(ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, pad_token_id=0)
+        return len(rows)
+
+    return run
+
+
+def eva(rows: list[Row]) -> Callable[[], float]:
+    """EVA's initialisation (https://arxiv.org/abs/2410.07170) on the same batches; returns the batches."""
+    inputs = batches(new_prompt(), rows)
+
+    def run() -> float:
+        config = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=TARGETS,
+            init_lora_weights="eva",
+            eva_config=EvaConfig(),
+        )
+        model = get_peft_model(llama(), config, low_cpu_mem_usage=True)
+        initialize_lora_eva_weights(model, inputs, show_progress_bar=False)
+        return len(inputs)
+
+    return run
