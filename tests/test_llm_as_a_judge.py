@@ -18,9 +18,11 @@ from sklearn.metrics import cohen_kappa_score
 
 import llm_as_a_judge
 from dataset.rows import DataError
-from llm_as_a_judge import SYSTEM_PROMPT, add_judge_arguments, build_request, kappa, print_report, run_judge
+from llm_as_a_judge import SYSTEM_PROMPT, add_judge_arguments, build_request, run_judge
+from tests.conftest import ROOT, run
 from train import judge_client
 from train.judge_client import JudgeError, find_key, retry_after
+from train.judge_report import kappa, print_report
 
 CANARY = "sk-CANARY-4f1c9be2"
 LABELS = ["business", "sport", "tech"]
@@ -285,6 +287,39 @@ def test_a_refused_request_is_not_repeated(judge, serve, status):
     assert "context too long" in next(iter(report["error_reasons"]))
 
 
+REFUSED_FIELDS = [
+    ("response_format", 422, {"detail": "Unexpected fields in the request: {'response_format'}"}),
+    ("response_format", 400, {"error": "'response_format.type' must be 'json_schema' or 'text'"}),
+    ("temperature", 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0", "code": None}}),
+    ("max_tokens", 400, {"error": {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'."}}),
+]
+
+
+@pytest.mark.parametrize(("field", "status", "body"), REFUSED_FIELDS)
+def test_a_server_that_knows_a_field_not_is_asked_without_it(judge, serve, field, status, body):
+    def script(request: dict, number: int) -> Reply:
+        return Reply(json.dumps(body), status) if field in request else agree(request, number)
+
+    server = serve(script)
+    report = judge(server, some_rows(4))
+    assert (report["judged"], report["errors"], len(server.requests)) == (4, 0, 5), "only the first one is repeated"
+    first, *others = server.requests
+    expected = {name: value for name, value in first.items() if name != field}
+    if field == "max_tokens":
+        expected["max_completion_tokens"] = first["max_tokens"]
+    assert [set(request) for request in others] == [set(expected)] * 4
+    assert others[0] == expected
+    server.script = agree
+    assert judge(server, some_rows(4))["this_run"]["requests"] == 0, "the answers are kept under the whole request"
+
+
+def test_a_server_that_refuses_without_end_is_not_asked_without_end(judge, serve):
+    body = json.dumps({"detail": "'temperature', 'max_tokens' and 'response_format' are not for you"})
+    server = serve(lambda request, number: Reply(body, 400))
+    assert judge(server, some_rows(1))["errors"] == 1
+    assert len(server.requests) <= 4
+
+
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_a_refused_key_stops_the_run_after_one_request(judge, serve, status):
     server = serve(lambda request, number: Reply("{}", status))
@@ -487,6 +522,25 @@ def test_dry_run_sends_nothing_and_counts_what_is_left(judge, serve, monkeypatch
     assert "4 items, 2 cached" in out and f"${report['cost_usd']:.4f}" in out
 
 
+def test_dry_run_leaves_no_trace_and_needs_no_turn(judge, serve, tmp_path):
+    server = serve(agree)
+    cache = tmp_path / "answers.jsonl"
+    assert judge(server, some_rows(2), "--dry_run", "--judge_cache", str(tmp_path / "new" / "a.jsonl"))["cached"] == 0
+    assert list(tmp_path.iterdir()) == []
+    judge(server, some_rows(3), "--judge_concurrency", "1")
+    cache.write_bytes(cache.read_bytes()[:-9])
+    before = cache.read_bytes()
+    assert judge(server, some_rows(3), "--dry_run")["cached"] == 2
+    assert cache.read_bytes() == before
+
+    def while_it_runs(request: dict, number: int) -> Reply:
+        assert judge(server, some_rows(9), "--dry_run")["cached"] == 2
+        return agree(request, number)
+
+    server.script = while_it_runs
+    assert judge(server, some_rows(3))["judged"] == 3
+
+
 def predictions_file(folder: Path, rows: list[dict]) -> Path:
     path = folder / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -559,6 +613,22 @@ def test_an_echoed_key_is_in_no_exception_and_no_report(judge, serve, status, ca
     assert told
     assert CANARY not in told + captured.out + captured.err
     assert CANARY.encode() not in everything_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "escape", [json.dumps, lambda text: json.dumps(text).replace("/", r"\/").replace("+", r"\u002b")]
+)
+@pytest.mark.parametrize(
+    "body", ['{"detail": [{"input": KEY}]}', '{"error": KEY}', '{"message": KEY}', "[KEY]", "KEY {"]
+)
+def test_an_echoed_key_is_hidden_however_it_is_written(judge, serve, body, escape, monkeypatch, tmp_path):
+    monkeypatch.setenv("DEEPSEEK_API_KEY", 'sk-CANARY/4f+1c"9be2')
+    server = serve(lambda request, number: Reply(body.replace("KEY", escape('bad key sk-CANARY/4f+1c"9be2')), 422))
+    report = judge(server, some_rows(1), "--judge_report", str(tmp_path / "report.json"))
+    (reason,) = report["error_reasons"]
+    assert "HTTP 422: " in reason and "bad key" in reason
+    assert not [part for part in ("CANARY", "4f", "9be2") if part in reason]
+    assert b"CANARY" not in everything_in(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["reason", "unreadable", "refusal"])
@@ -690,3 +760,30 @@ def test_exit_codes(monkeypatch, tmp_path, serve, capsys):
     server.script = agree
     assert run_program(monkeypatch, tmp_path, server.url) == 0
     assert "must be a whole number above 0, not '0'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluation_hands_its_predictions_to_the_judge(serve, tmp_path):
+    rows = [json.loads(line) for line in (ROOT / "dataset/sample_news/test.jsonl").read_text().splitlines()[:6]]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = serve(lambda request, number: verdict(request, truth[document(request)["text"]]))
+    truth = {row["text"]: row["label"] for row in rows}
+    paths = ["--data_path", "test.jsonl", "--report", "report.json", "--predictions", "predictions.jsonl"]
+    flags = [*paths, "--llm_as_a_judge", "--judge_base_url", server.url, "--judge_cache", "answers.jsonl"]
+    done = run("eval_llm_metrics.py", *flags, "--deepseek_api_key", CANARY, cwd=tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    judged = report["judge"]
+    assert judged["judged"] == 6
+    assert judged["judged_accuracy"] == judged["exact_match_accuracy"] == pytest.approx(report["accuracy"])
+    predicted = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    sent = {document(request)["text"]: document(request) for request in server.requests}
+    assert {text: item["prediction"] for text, item in sent.items()} == {r["text"]: r["prediction"] for r in predicted}
+    assert not any("reference_label" in item for item in sent.values())
+    assert "others can read --deepseek_api_key" in done.stderr
+    assert CANARY not in done.stdout + done.stderr and CANARY.encode() not in everything_in(tmp_path)
+
+    # The file of predictions, judged on its own, is the same work: nothing is asked again.
+    labels = ",".join(document(server.requests[0])["allowed_labels"])
+    alone = subprocess.run(command(tmp_path, server.url, "--labels", labels), capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    assert "6 judged" in alone.stdout and len(server.requests) == 6

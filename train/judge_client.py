@@ -1,6 +1,5 @@
-"""How the judge talks to a server: patiently, within a deadline, and without ever paying for an answer twice.
+"""How the judge talks to an OpenAI-compatible server: patiently, within a deadline, and never giving away the key.
 
-`JudgeClient` sends chat completions to an OpenAI-compatible server; `AnswerFile` keeps what came back.
 What is asked, and what is made of the answers, stands in `llm_as_a_judge.py`.
 """
 
@@ -11,26 +10,21 @@ import math
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from dataset.rows import DataError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two runs at once need two cache files
-    fcntl = None
-
 MAX_TRIES = 6
 FIRST_BACKOFF = 0.5  # seconds, doubled with every try
 RETRY_STATUSES = {408, 409, 429}  # and every 5xx
 STOP_STATUSES = {401: "wrong key", 402: "no credit", 403: "no right to this model", 404: "no such model or address"}
+# Fields of a request that some servers refuse, and the name under which they are sent instead; None: not at all.
+OPTIONAL_FIELDS = {"response_format": None, "temperature": None, "max_tokens": "max_completion_tokens"}
 MAX_ERRORS_IN_A_ROW = 10  # beyond the requests that were open together
 # One company's key is not shown to the other; any other server gets whichever is set.
 KEYS_OF_HOST = {"api.deepseek.com": ["DEEPSEEK_API_KEY"], "api.openai.com": ["OPENAI_API_KEY"]}
@@ -94,8 +88,12 @@ class JudgeClient:
 
     def __init__(self, key: str, base_url: str, deadline: float, concurrency: int) -> None:
         self.key, self.base_url, self.deadline, self.concurrency = key, base_url, deadline, concurrency
+        # The key as it is, or with characters escaped as in JSON or in an address.
+        written = (rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u00{ord(c):02x}|%{ord(c):02x})" for c in key)
+        self.key_pattern = re.compile("".join(written), re.IGNORECASE)
         self.resume_at = 0.0  # on the monotonic clock: no request starts earlier
         self.errors_in_a_row = 0
+        self.refused_fields: set[str] = set()
         self.used = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     async def ask_all(self, jobs: dict[str, Callable[[], Awaitable[dict]]], keep: Callable[[str, dict], None]) -> None:
@@ -138,7 +136,7 @@ class JudgeClient:
         except ConnectionError as error:
             answer = {"status": "error", "reason": str(error)}
         # All that a server says passes here, and it may echo the key.
-        answer["reason"] = answer["reason"].replace(self.key, "[key]")[:300]
+        answer["reason"] = self.key_pattern.sub("[key]", answer["reason"])[:300]
         self.errors_in_a_row = self.errors_in_a_row + 1 if answer["status"] == "error" else 0
         if self.errors_in_a_row >= MAX_ERRORS_IN_A_ROW + self.concurrency:
             raise JudgeError(f"{self.errors_in_a_row} items in a row got no answer, the last: {answer['reason']!r}")
@@ -146,6 +144,8 @@ class JudgeClient:
 
     async def complete(self, request: dict) -> Reply:
         """Send the body of a chat completion request until it is answered.
+
+        Of `OPTIONAL_FIELDS` those that the server says it does not take are left out, here and from then on.
 
         Raises:
             ConnectionError: this request gets no answer.
@@ -157,11 +157,13 @@ class JudgeClient:
             await self._wait_out_pause()
             self.used["requests"] += 1
             status, asked_wait = 0, 0.0
+            sent = {OPTIONAL_FIELDS[n] if n in self.refused_fields else n: value for n, value in request.items()}
+            sent.pop(None, None)
             try:
-                response = await self.connection.chat.completions.with_raw_response.create(**request)
+                response = await self.connection.chat.completions.with_raw_response.create(**sent)
                 return self._read(response.http_response.text)
             except openai.APIStatusError as error:
-                status, problem = error.status_code, f"HTTP {error.status_code}: {error.message}"
+                status, problem = error.status_code, f"HTTP {error.status_code}: {_complaint(error.body)}"
                 asked_wait = retry_after(error.response.headers.get("retry-after"))
             except openai.APIConnectionError:
                 problem = "no connection"
@@ -169,6 +171,8 @@ class JudgeClient:
                 problem = str(error)
             # Raised out here, an error does not carry the server's reply along as its context.
             self._stop_if_hopeless(status, asked_wait)
+            if status in (400, 422) and self._refuses_fields(sent, problem):
+                continue
             if 400 <= status < 500 and status not in RETRY_STATUSES:
                 raise ConnectionError(problem)
             wait = asked_wait + FIRST_BACKOFF * 2**attempt * random.uniform(0.5, 1)
@@ -186,6 +190,14 @@ class JudgeClient:
             advice = f"it asks for {asked_wait:.0f} s of silence; run again after that"
         if advice:
             raise JudgeError(f"{self.base_url} answers HTTP {status}: {advice}")
+
+    def _refuses_fields(self, sent: dict, problem: str) -> bool:
+        """Whether the server's complaint names, in quotes, optional fields that it was sent; they are remembered."""
+        named = {name for name in OPTIONAL_FIELDS if name in sent and re.search(rf"['\"`]{name}\b", problem)}
+        for name in sorted(named - self.refused_fields):
+            tqdm.write(f"note: the server does not take `{name}`; it is asked without", file=sys.stderr)
+        self.refused_fields |= named
+        return bool(named)
 
     async def _wait_out_pause(self) -> None:
         while (left := self.resume_at - time.monotonic()) > 0:
@@ -205,6 +217,12 @@ class JudgeClient:
             raise ValueError("the reply is not a chat completion") from None
 
 
+def _complaint(body: object) -> str:
+    """What the body of an HTTP error says, decoded as far as it is JSON."""
+    message = body.get("message") if isinstance(body, dict) else body
+    return message if isinstance(message, str) else json.dumps(body, ensure_ascii=False)
+
+
 def retry_after(header: str | None) -> float:
     """Return the seconds that a Retry-After header asks for, as a number or an HTTP date; 0 for anything else."""
     for read in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
@@ -214,48 +232,3 @@ def retry_after(header: str | None) -> float:
             continue
         return seconds if 0 < seconds < math.inf else 0.0
     return 0.0
-
-
-class AnswerFile:
-    """Answers by key, kept in a JSONL file that one run at a time may hold.
-
-    Raises:
-        JudgeError: another run holds the file.
-        DataError: a line is damaged. A last line that a crash cut short is dropped instead.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.answers: dict[str, dict] = {}
-        self.file = open(path, "a+b")  # noqa: SIM115 (closed by `__exit__`)
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise JudgeError(f"{path} is in use by another run; wait for it, or give another --judge_cache") from None
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        self.file.truncate(whole)
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
-            try:
-                answer = json.loads(line)
-                key = answer.pop("key")
-                self.answers[key] = {"status": answer["status"], "reason": answer["reason"], **answer}
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                self.file.close()
-                raise DataError(f"{path}:{number}: not an answer of a judge; remove the line") from None
-
-    def add(self, key: str, answer: dict) -> None:
-        """Keep an answer; all but an error is written so that it outlives a crash of the program or the machine."""
-        self.answers[key] = answer
-        if answer["status"] != "error":
-            self.file.write(json.dumps({"key": key, **answer}).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def __enter__(self) -> "AnswerFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
