@@ -170,11 +170,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config) if with_head_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config) if with_head_norm else nn.Identity()
 
-    def forward(self, x, rotary, mask, cache, output_attentions):
+    def forward(self, x, rotary, mask, cache, output_attentions, positions=None):
         def heads(projected):  # (B, T, heads * D) -> (B, T, heads, D)
             return projected.unflatten(-1, (-1, self.head_dim))
 
-        query = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), rotary)  # (B, N, T, D)
+        asking = tuple(take(table, positions) for table in rotary)
+        query = rotate(self.q_norm(heads(self.q_proj(take(x, positions)))).transpose(1, 2), asking)  # (B, N, T, D)
         key = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), rotary)  # (B, K, T, D)
         value = heads(self.v_proj(x)).transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
@@ -184,6 +185,15 @@ class Attention(nn.Module):
         else:
             mixed, weights = attention(query, key, value, mask), None
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights  # (B, T, H)
+
+
+def take(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """The rows of (B or 1, ..., T, D) at `positions` (B, A), (B, ..., A, D); None takes all of them."""
+    if positions is None:
+        return x
+    index = positions.view(len(positions), *[1] * (x.dim() - 3), -1, 1)
+    x = x.expand(len(positions), *x.shape[1:])
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def attention(query, key, value, mask):
@@ -276,11 +286,20 @@ class MiniMindBlock(nn.Module):
         self.adapter_attn = nn.Identity()
         self.adapter_mlp = nn.Identity()
 
-    def forward(self, x, rotary, mask, cache, output_attentions):
-        attended, weights = self.self_attn(self.input_layernorm(x), rotary, mask, cache, output_attentions)
-        x = x + self.adapter_attn(attended)
+    def forward(self, x, rotary, mask, cache, output_attentions, positions=None):
+        """One block over (B, T, H); with `positions` (B, A) all are read, but only those go on: (B, A, H)."""
+        attended, weights = self.self_attn(self.input_layernorm(x), rotary, mask, cache, output_attentions, positions)
+        x = take(x, positions) + self.adapter_attn(attended)
         x = x + self.adapter_mlp(self.mlp(self.post_attention_layernorm(x)))
         return x, weights
+
+
+def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions of a bool mask (B, T), in order: (B, A) for the fullest row, and which of them are real (B, A)."""
+    counts = mask.sum(1)
+    most = int(counts.max())
+    positions = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return positions, torch.arange(most, device=mask.device) < counts[:, None]
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -310,6 +329,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        last_positions: torch.Tensor | None = None,
         **unused,
     ) -> MoeModelOutputWithPast:
         """Run the blocks over (B, T) ids or (B, T, H) embeddings.
@@ -319,6 +339,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 (then nothing causal is added), or None: plain causal, which is also right for right-padded batches.
             position_ids: (B or 1, T); counted on from the cache by default.
             past_key_values: keys and values of earlier positions; extended in place.
+            last_positions: (B, A), the only ones whose last hidden state is asked for: it comes as (B, A, H), and the
+                last block spends its queries and feed-forward on nothing else.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
@@ -334,9 +356,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         hidden_states, attentions = [], []
         for layer in self.layers:
+            positions = None
+            if layer is self.layers[-1] and last_positions is not None:
+                positions = last_positions
+                mask = take(causal_mask(length, past + length, x.device) if mask is None else mask, positions)
             if output_hidden_states:
                 hidden_states.append(x)
-            x, weights = layer(x, rotary, mask, past_key_values, output_attentions)
+            x, weights = layer(x, rotary, mask, past_key_values, output_attentions, positions)
             if output_attentions:
                 attentions.append(weights)
         x = self.norm(x)
@@ -386,8 +412,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions (0: all), or a bool mask (B, T) of the positions,
                 which gives logits (positions, V): the head over a large vocabulary runs on nothing else.
         """
+        if isinstance(logits_to_keep, int):
+            kept = (..., slice(-logits_to_keep, None), slice(None))
+        else:
+            model_arguments["last_positions"], kept = positions_of(logits_to_keep)
         outputs = self.model(input_ids, attention_mask, **model_arguments)
-        kept = (..., slice(-logits_to_keep, None), slice(None)) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[kept])
         loss = None
         if labels is not None:
