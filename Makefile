@@ -2,7 +2,7 @@
 PYTHON ?= python3
 IN_VENV := .venv/bin
 
-.PHONY: demo methods test quick lint clean
+.PHONY: demo methods test quick bench lint clean
 
 # Adaptive-rank LoRA on the bundled data and base, then its evaluation.
 demo: .venv/installed
@@ -23,6 +23,10 @@ test: .venv/tested
 
 quick: .venv/tested
 	$(IN_VENV)/python -m pytest -q -m "not slow"
+
+# Speed beside the way this project replaces and beside PEFT; run it on an otherwise idle machine.
+bench: .venv/tested
+	$(IN_VENV)/python tests/benchmarks/run.py
 
 lint: .venv/tested
 	$(IN_VENV)/ruff check .
