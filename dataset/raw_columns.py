@@ -1,4 +1,4 @@
-"""Which column of a news file is what: by the usual names, by the shape of known files, or as the user says."""
+"""What columns and class numbers mean: by usual names, by the shape of known files, or as the user says."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,7 @@ TITLE_NAMES = {"title", "headline", "标题"}
 DOCUMENT_NAMES = {"filename", "articleid", "documentid", "docid", "id", "文件名"}
 
 AG_NEWS_COLUMNS = ["class index", "title", "description"]
+AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
 
 
 def plain_name(name: str) -> str:
@@ -70,7 +71,54 @@ def find_roles(path: Path, columns: list[str], asked: dict[str, str | None]) -> 
             doubt = f"{' or '.join(found[role])}?" if found[role] else "no usual name among them."
             raise DataError(
                 f"{path}: which column is the {role}: {doubt} The columns are: {listed}. "
-                "Say text_column=... label_column=..."
+                "Name them with --text_column and --label_column (in the notebook TEXT_COLUMN and LABEL_COLUMN)"
             )
     found["document"] = [name for name in columns if plain_name(name) in DOCUMENT_NAMES and name not in asked.values()]
     return {role: names[0] for role, names in found.items() if names}
+
+
+def find_class_names(
+    path: Path, numbers: set[int], roles: dict[str, str], class_names: str | Path | list[str] | None
+) -> tuple[list[str], int, str]:
+    """What class numbers stand for: as the user says, by a `class.txt` beside the file, or as in AG News.
+
+    Args:
+        numbers: the class numbers that occur.
+        roles: the columns as `find_roles` returns them.
+        class_names: the names in the order of the numbers, or a file with one a line.
+
+    Returns:
+        The names, the number of the first one (0 or 1), and a sentence for the user where he did not list them.
+
+    Raises:
+        DataError: there are no names, or it is unclear where counting starts.
+    """
+    beside = path.parent / "class.txt"
+    is_ag_news = [plain_name(roles.get(role, "")) for role in ("title", "text")] == ["title", "description"]
+    note = ""
+    if isinstance(class_names, list):
+        names = class_names
+    elif class_names is not None or beside.is_file():
+        source = Path(class_names) if class_names is not None else beside
+        if not source.is_file():
+            raise DataError(f"{source}: no such file of class names")
+        try:
+            text = source.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: class names must be UTF-8 ({error})") from None
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        note = f"class names from {source.name}: {', '.join(names)}"
+    elif numbers == {1, 2, 3, 4} and is_ag_news:
+        names = AG_NEWS_CLASSES
+        note = f"class numbers 1 to 4 read as AG News: {', '.join(names)}"
+    else:
+        raise DataError(
+            f"{path}: labels are class numbers ({min(numbers)} to {max(numbers)}); name them with "
+            "--class_names FILE (in the notebook CLASS_NAMES), one name a line in the order of the numbers"
+        )
+    if 0 not in numbers and len(names) not in numbers:
+        raise DataError(
+            f"{path}: {len(names)} class names, but neither class 0 nor class {len(names)} occurs: "
+            "it is unclear whether counting starts at 0 or 1"
+        )
+    return names, 0 if 0 in numbers else 1, note

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.raw_columns import AG_NEWS_COLUMNS, find_roles, name_columns, plain_name
+from dataset.raw_columns import AG_NEWS_COLUMNS, find_class_names, find_roles, name_columns, plain_name
 from dataset.raw_tables import LONGEST_FIELD, SAMPLE_LINES, find_delimiter, has_quoting, read_record
 from dataset.rows import DataError
 
-AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
 RAW_CUT = 200  # characters of a removed row that are kept for reading
 
 
@@ -124,7 +123,7 @@ def _decode_lines(path: Path, encoding: str) -> list[str]:
     if 2 * len(bad) > len(lines):
         raise DataError(
             f"{path}:{bad[0]}: {len(bad)} of {len(lines)} lines are not {encoding}; "
-            "is it a text file? If so, name its encoding, for example encoding=gb18030"
+            "is it a text file? If so, name its encoding, for example --encoding gb18030 (in the notebook ENCODING)"
         )
     return lines
 
@@ -279,30 +278,9 @@ def _name_classes(raw: RawFile, class_names: str | Path | list[str] | None) -> N
         if class_names is not None and raw.documents:
             raise DataError(f"{raw.path}: class_names are given, but labels are words: {raw.documents[0].label!r}")
         return
-    beside = raw.path.parent / "class.txt"
-    is_ag_news = [plain_name(raw.columns.get(role, "")) for role in ("title", "text")] == ["title", "description"]
-    if isinstance(class_names, list):
-        names = class_names
-    elif class_names is not None or beside.is_file():
-        source = Path(class_names) if class_names is not None else beside
-        if not source.is_file():
-            raise DataError(f"{source}: no such file of class names")
-        names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        raw.notes.append(f"class names from {source.name}: {', '.join(names)}")
-    elif set(numbers) == {1, 2, 3, 4} and is_ag_news:
-        names = AG_NEWS_CLASSES
-        raw.notes.append(f"class numbers 1 to 4 read as AG News: {', '.join(names)}")
-    else:
-        raise DataError(
-            f"{raw.path}: labels are class numbers ({min(numbers)} to {max(numbers)}); name them with "
-            "class_names=FILE, one name a line in the order of the numbers"
-        )
-    if 0 not in numbers and len(names) not in numbers:
-        raise DataError(
-            f"{raw.path}: {len(names)} class names, but neither class 0 nor class {len(names)} occurs: "
-            "it is unclear whether counting starts at 0 or 1"
-        )
-    first = 0 if 0 in numbers else 1
+    names, first, note = find_class_names(raw.path, set(numbers), raw.columns, class_names)
+    if note:
+        raw.notes.append(note)
     documents = []
     for row in raw.documents:
         number = int(row.label) - first if row.label.strip().isdecimal() else -1
