@@ -259,6 +259,7 @@ TRANSIENT = [
     Reply("[1]"),
     Reply("null"),
     Reply(drop=True),
+    chat('{"label": "sp', "insufficient_system_resource"),  # DeepSeek, when it is too busy to finish
 ]
 
 
@@ -267,6 +268,7 @@ def test_a_passing_failure_is_tried_again(judge, serve, reply):
     server = serve(lambda request, number: reply if number == 1 else agree(request, number))
     report = judge(server, some_rows(1))
     assert (report["judged"], report["errors"], len(server.requests)) == (1, 0, 2)
+    assert server.requests[0] == server.requests[1], "the same question, not a repair"
 
 
 def test_a_lasting_failure_is_an_error_that_the_next_run_asks_again(judge, serve, tmp_path):

@@ -25,6 +25,7 @@ RETRY_STATUSES = {408, 409, 429}  # and every 5xx
 STOP_STATUSES = {401: "wrong key", 402: "no credit", 403: "no right to this model", 404: "no such model or address"}
 # Fields of a request that some servers refuse, and the name under which they are sent instead; None: not at all.
 OPTIONAL_FIELDS = {"response_format": None, "temperature": None, "max_tokens": "max_completion_tokens"}
+INTERRUPTED = "insufficient_system_resource"  # how DeepSeek ends a reply that it is too busy to finish
 MAX_ERRORS_IN_A_ROW = 10  # beyond the requests that were open together
 # One company's key is not shown to the other; any other server gets whichever is set.
 KEYS_OF_HOST = {"api.deepseek.com": ["DEEPSEEK_API_KEY"], "api.openai.com": ["OPENAI_API_KEY"]}
@@ -212,9 +213,12 @@ class JudgeClient:
                 self.used[name] += int(usage.get(name) or 0)
             content = message.get("content")
             content = content if isinstance(content, str) else ""
-            return Reply(content, message.get("refusal"), choice.get("finish_reason"))
+            reply = Reply(content, message.get("refusal"), choice.get("finish_reason"))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise ValueError("the reply is not a chat completion") from None
+        if reply.finish_reason == INTERRUPTED:
+            raise ValueError("the server broke the reply off")
+        return reply
 
 
 def _complaint(body: object) -> str:
