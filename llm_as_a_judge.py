@@ -22,7 +22,7 @@ from pathlib import Path
 from dataset.rows import DataError, read_rows
 from train.judge_answers import AnswerFile, read_answers
 from train.judge_client import JudgeClient, JudgeError, find_key
-from train.judge_report import cost, estimate, make_report, print_report, write_report
+from train.judge_report import cost, estimate, make_report, print_report, usage_text, write_report
 
 # The frame. Nothing from a row is ever put into it: a row travels in the user message, encoded as JSON.
 SYSTEM_PROMPT = """You check a text classifier. The user message is one JSON object: "allowed_labels" lists the \
@@ -80,7 +80,7 @@ def run_judge(rows: Sequence[dict], labels: Sequence[str], args: argparse.Namesp
     if args.dry_run:
         known = read_answers(args.judge_cache)
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-        return estimate(len(rows), list(missing.values()), args)
+        return estimate(len(rows), sum(key in known for key in keys), list(missing.values()), args)
     with AnswerFile(args.judge_cache) as kept:
         missing = {key: item for key, *item in zip(keys, rows, requests, strict=True) if key not in kept.answers}
         used = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -88,8 +88,13 @@ def run_judge(rows: Sequence[dict], labels: Sequence[str], args: argparse.Namesp
             api_key = find_key(args.judge_base_url, args.deepseek_api_key, args.judge_allow_http)
             client = JudgeClient(api_key, args.judge_base_url, args.judge_timeout, args.judge_concurrency)
             jobs = {key: partial(judge_item, client, *item, labels) for key, item in missing.items()}
-            asyncio.run(client.ask_all(jobs, kept.add))
             used = client.used
+            try:
+                asyncio.run(client.ask_all(jobs, kept.add))
+            except (JudgeError, KeyboardInterrupt):
+                paid = usage_text(used, cost(used, args))
+                print(f"stopped after {used['requests']} requests, {paid}", file=sys.stderr)
+                raise
     report = make_report(rows, [kept.answers[key] for key in keys])
     report |= {"judge": f"{args.judge_model} at {args.judge_base_url}", "judge_saw_gold": args.judge_reference}
     report["this_run"] = {**used, "cost_usd": cost(used, args)}

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -330,12 +331,13 @@ def test_a_refused_key_stops_the_run_after_one_request(judge, serve, status):
     assert (len(server.requests), caught.value.exit_code) == (1, 8)
 
 
-def test_a_key_revoked_midway_stops_the_run(judge, serve, tmp_path):
+def test_a_key_revoked_midway_stops_the_run(judge, serve, tmp_path, capsys):
     server = serve(lambda request, number: agree(request, number) if number <= 5 else Reply("{}", 401))
     with pytest.raises(JudgeError):
-        judge(server, some_rows(50), "--judge_concurrency", "3")
+        judge(server, some_rows(50), "--judge_concurrency", "3", "--judge_price_in", "1", "--judge_price_out", "1")
     assert len(server.requests) <= 5 + 3
     assert 3 <= len(cached(tmp_path)) <= 5, "an answer still on its way may be lost, no other"
+    assert re.search(r"stopped after \d requests, [345]00 prompt .*, \$0\.000", capsys.readouterr().err)
 
 
 def test_a_redirect_is_not_followed(judge, serve):
@@ -522,6 +524,15 @@ def test_dry_run_sends_nothing_and_counts_what_is_left(judge, serve, monkeypatch
     print_report(report)
     out = capsys.readouterr().out
     assert "4 items, 2 cached" in out and f"${report['cost_usd']:.4f}" in out
+
+
+def test_dry_run_counts_a_repeated_row_once_and_not_as_cached(judge, serve, capsys):
+    server = serve(agree)
+    judge(server, some_rows(1))
+    report = judge(server, some_rows(3) * 2, "--dry_run")
+    assert [report[name] for name in ("n", "cached", "to_send", "completion_tokens")] == [6, 2, 2, 100]
+    print_report(report)
+    assert "6 items, 2 cached; to send: 2 requests, about" in capsys.readouterr().out
 
 
 def test_dry_run_leaves_no_trace_and_needs_no_turn(judge, serve, tmp_path):

@@ -67,13 +67,20 @@ def kappa(pairs: Sequence[tuple[str, str]], resamples: int = 1000) -> dict | Non
     return {"value": float(values[0]), "low": float(low), "high": float(high), "n": len(pairs)}
 
 
-def estimate(n: int, requests: Sequence[dict], args: argparse.Namespace) -> dict:
-    """Return the tokens, counted from characters, and the USD that these requests would take without any repair."""
+def estimate(n: int, cached: int, requests: Sequence[dict], args: argparse.Namespace) -> dict:
+    """Return the tokens, counted from characters, and the USD that these requests would take without any repair.
+
+    Args:
+        n: how many items there are.
+        cached: how many of them have been answered before.
+        requests: what is to be sent for the others; the same request for several items counts once.
+    """
     prompts = "".join(message["content"] for request in requests for message in request["messages"])
     plain = len(prompts.encode("ascii", "ignore"))
     tokens = round(TOKENS_PER_ASCII_CHARACTER * plain + TOKENS_PER_OTHER_CHARACTER * (len(prompts) - plain))
     used = {"prompt_tokens": tokens, "completion_tokens": TOKENS_PER_ANSWER * len(requests)}
-    return {"dry_run": True, "n": n, "cached": n - len(requests), **used, "cost_usd": cost(used, args)}
+    counts = {"dry_run": True, "n": n, "cached": cached, "to_send": len(requests)}
+    return {**counts, **used, "cost_usd": cost(used, args)}
 
 
 def cost(used: dict, args: argparse.Namespace) -> float | None:
@@ -83,14 +90,18 @@ def cost(used: dict, args: argparse.Namespace) -> float | None:
     return (used["prompt_tokens"] * args.judge_price_in + used["completion_tokens"] * args.judge_price_out) / 1e6
 
 
+def usage_text(used: dict, usd: float | None) -> str:
+    """Tokens and what they cost, for people."""
+    price = "cost unknown without --judge_price_in and --judge_price_out" if usd is None else f"${usd:.4f}"
+    return f"{used['prompt_tokens']:,} prompt and {used['completion_tokens']:,} answer tokens, {price}"
+
+
 def print_report(report: dict) -> None:
     """Print a report or an estimate of `run_judge`."""
     usage = report.get("this_run", report)
-    price = "cost unknown without --judge_price_in and --judge_price_out"
-    price = price if usage["cost_usd"] is None else f"${usage['cost_usd']:.4f}"
-    tokens = f"{usage['prompt_tokens']:,} prompt and {usage['completion_tokens']:,} answer tokens, {price}"
+    tokens = usage_text(usage, usage["cost_usd"])
     if "dry_run" in report:
-        print(f"{report['n']} items, {report['cached']} cached; to send: about {tokens}")
+        print(f"{report['n']} items, {report['cached']} cached; to send: {report['to_send']} requests, about {tokens}")
         rates = (TOKENS_PER_ASCII_CHARACTER, TOKENS_PER_OTHER_CHARACTER, TOKENS_PER_ANSWER)
         print("(estimated at {} tokens an ASCII character, {} any other and {} an answer)".format(*rates))
         return
