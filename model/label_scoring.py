@@ -1,8 +1,7 @@
 """What a language model says about labels: the loss of an answer, the score of every label, a greedy answer.
 
 All three share one way through the model. The prompt's prefix (instruction and label list) is the same for every text,
-so it runs once a batch and its keys and values are shared by all rows; gradients flow back into it from each of them
-(rows that are very long run it each for itself).
+so it runs once a batch and its keys and values are shared by all rows; gradients flow back into it from each of them.
 Behind it stand the rows' own tokens, padded on the right: no real token looks at padding, so a row's result does not
 depend on its neighbours. `model` is anything that is called like `MiniMindForCausalLM`.
 
@@ -12,20 +11,9 @@ Shapes: B rows, P prefix tokens, T own tokens of the longest row, L label tokens
 import torch
 import torch.nn.functional as F
 
-SHARED_UP_TO = 8  # rows of at most so many times the prefix's tokens share it; measured, tests/benchmarks/RESULTS.md
-
 
 def encode_rows(model, prefix_ids: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: torch.Tensor):
-    """Run prefix (P,) and rows (B, T): logits (kept, V) where the mask (B, T) says so, and the cache behind all.
-
-    Long rows read the prefix each for itself: one causal sequence lets the attention kernel skip the half that nobody
-    may see, which saves more than sharing does. The result is the same.
-    """
-    if input_ids.shape[1] > SHARED_UP_TO * len(prefix_ids):
-        whole = torch.cat([prefix_ids.expand(len(input_ids), -1), input_ids], dim=1)  # (B, P + T)
-        logits_to_keep = F.pad(logits_to_keep, (len(prefix_ids), 0))
-        output = model(input_ids=whole, use_cache=True, logits_to_keep=logits_to_keep)
-        return output.logits, output.past_key_values
+    """Run prefix (P,) and rows (B, T): logits (kept, V) where the mask (B, T) says so, and the cache behind all."""
     cache = model(input_ids=prefix_ids[None], use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(input_ids))
     output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)

@@ -24,6 +24,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 GENERATIONS = ("minimind2", "minimind3")
+QUERY_BLOCK = 128  # queries that attention takes at a time on a CPU
 
 
 class MiniMindConfig(PreTrainedConfig):
@@ -197,8 +198,32 @@ def take(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
 
 
 def attention(query, key, value, mask):
-    """Softmax attention by the fused kernel, (B, N, T, D); `mask` None means causal."""
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+    """Softmax attention, (B, N, T, D); `mask` None means causal, the queries being the last of the keys.
+
+    On a CPU the queries go in blocks, each over the keys up to its own end: what no query of a block may see is
+    never computed, also behind a cache. There bfloat16 takes plain matrix products, several times as fast as the fused
+    kernel's, and float32 the fused kernel; both were chosen by measurement (tests/benchmarks/RESULTS.md).
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if query.device.type != "cpu":
+        if mask is None and queries != keys:
+            mask = causal_mask(queries, keys, query.device)
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+    mixed = []
+    for start in range(0, queries, QUERY_BLOCK):
+        asking = query[:, :, start : start + QUERY_BLOCK]
+        if mask is None:
+            end = keys - queries + start + asking.shape[2]
+            seen = causal_mask(asking.shape[2], end, query.device)
+        else:
+            end, seen = keys, mask[:, :, start : start + QUERY_BLOCK]
+        if query.dtype == torch.bfloat16:
+            mixed.append(attention_with_weights(asking, key[:, :, :end], value[:, :, :end], seen)[0])
+        else:
+            mixed.append(
+                F.scaled_dot_product_attention(asking, key[:, :, :end], value[:, :, :end], seen, enable_gqa=True)
+            )
+    return torch.cat(mixed, dim=2)
 
 
 def attention_with_weights(query, key, value, mask):
@@ -380,7 +405,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         if attention_mask is None or bool(attention_mask.all()):
-            return None if past == 0 else causal_mask(length, past + length, device)
+            return None
         # A padding query has no key of its own to look at but itself: without the diagonal its row would be NaN.
         causal = causal_mask(length, past + length, device)
         return (causal & attention_mask[:, None, None, :].bool()) | causal.triu(past)
