@@ -223,6 +223,10 @@ def main() -> None:
 
 def print_report(report: dict, output_dir: str) -> None:
     """Print what a user has to know of a report: every line's way, the first rejects, warnings, what is to beat."""
+    columns = ", ".join(f"{role} in `{column}`" for role, column in report["columns"].items())
+    print(f"{report['file']}: {report['format']}; {columns}")
+    for note in report["notes"]:
+        print(note)
     lines = report["lines"]
     print("lines in {lines_in} = kept {kept} + dropped {dropped} + rejected {rejected}".format(**lines))
     for reason, count in {**lines["dropped_by_reason"], **lines["rejected_by_reason"]}.items():

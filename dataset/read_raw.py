@@ -18,6 +18,7 @@ from dataset.raw_columns import AG_NEWS_COLUMNS, find_class_names, find_roles, n
 from dataset.raw_tables import LONGEST_FIELD, SAMPLE_LINES, find_delimiter, has_quoting, read_record
 from dataset.rows import DataError
 
+UNDECODED = "a byte that cannot be decoded"  # a reason for setting a row aside
 RAW_CUT = 200  # characters of a removed row that are kept for reading
 
 
@@ -94,6 +95,9 @@ def read_raw(
         json_lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
         raw = _read_json_lines(path, lines, asked) if json_lines else _read_table(path, lines, asked)
     _name_classes(raw, class_names)
+    if undecoded := sum(row.reason.startswith(UNDECODED) for row in raw.rejected):
+        advice = "if the file has another encoding, name it, for example --encoding cp1252"
+        raw.notes.append(f"{undecoded} rows are not {encoding}; {advice}")
     accounted = len(raw.documents) + len(raw.rejected) + len(raw.blank_lines)
     if accounted != raw.lines_in:
         raise RuntimeError(f"{path}: {raw.lines_in} lines read, {accounted} accounted for")
@@ -133,7 +137,7 @@ def _unreadable(text: str) -> str:
     if broken := re.search("[\ud800-\udfff]", text):
         code = ord(broken[0])
         is_byte = 0xDC80 <= code <= 0xDCFF
-        return f"a byte that cannot be decoded ({code - 0xDC00:#04x})" if is_byte else "half a surrogate pair"
+        return f"{UNDECODED} ({code - 0xDC00:#04x})" if is_byte else "half a surrogate pair"
     return "a NUL character" if "\0" in text else ""
 
 

@@ -294,6 +294,9 @@ def test_undecodable_rows_are_set_aside(tmp_path):
     assert [document.text for document in raw.documents] == ["good one", "good two", "good three"]
     assert reasons(raw) == {3: "a byte that cannot be decoded (0xe9)", 4: "a NUL character"}
     assert raw.rejected[0].text == "caf\ufffd closes,business,b"
+    assert raw.notes == [
+        "1 rows are not utf-8; if the file has another encoding, name it, for example --encoding cp1252"
+    ]
 
 
 def test_a_file_in_another_encoding_asks_for_it(tmp_path):
@@ -742,6 +745,17 @@ def test_command_line_shows_rejects_cut_texts_and_what_to_beat(tmp_path):
     assert "line 66" in out and "line 67" not in out and "2 more in rejects.jsonl" in out
     assert "60 of 60 texts (100.0 %) are cut at 60 tokens" in out
     assert "largest class 33.3 %, TF-IDF with logistic regression" in out
+
+
+def test_command_line_says_how_the_file_was_understood(tmp_path):
+    rows = [[str(1 + number % 4), f"Title {number}", text] for number, (text, _) in enumerate(invented_texts(40))]
+    out = run(
+        "dataset/prepare.py", written(tmp_path / "a.csv", as_csv(rows)), "--output_dir", "out", cwd=tmp_path
+    ).stdout
+    assert out.startswith(
+        "a.csv: comma-separated, no header; text in `description`, label in `class index`, title in `title`\n"
+    )
+    assert "class numbers 1 to 4 read as AG News: World, Sports, Business, Sci/Tech\n" in out
 
 
 def test_command_line_ends_with_one_line_and_code_3(tmp_path):
