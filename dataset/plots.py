@@ -73,7 +73,7 @@ def plot_classes(counts: dict[str, dict[str, int]], title: str) -> Figure:
     left = [0] * len(labels)
     for split in counts[labels[0]]:
         widths = [counts[label][split] for label in labels]
-        axes.barh(_plain(labels), widths, left=left, color=SPLIT_COLORS.get(split, "#4c78a8"), label=split)
+        axes.barh(plain_labels(labels), widths, left=left, color=SPLIT_COLORS.get(split, "#4c78a8"), label=split)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for position, total in enumerate(left):
         axes.text(total, position, f" {total:,}", va="center")
@@ -114,8 +114,8 @@ def plot_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], ti
     figure, axes = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), _plain(labels), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(labels)), _plain(labels))
+    axes.set_xticks(range(len(labels)), plain_labels(labels), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(labels)), plain_labels(labels))
     for row, counts in enumerate(confusion):
         for column, count in enumerate(counts):
             color = "white" if shares[row][column] > 0.5 else "black"
@@ -157,6 +157,6 @@ def _pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     return pieces + ([tokenizer.decode(part, skip_special_tokens=False)] if part else [])
 
 
-def _plain(labels: Sequence[str]) -> list[str]:
+def plain_labels(labels: Sequence[str]) -> list[str]:
     """Labels in which a dollar sign is a dollar sign, not the beginning of a formula."""
     return [label.replace("$", r"\$") for label in labels]

@@ -29,25 +29,60 @@ def attention_weights(model, ids: Sequence[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def check_weights(model, ids: Sequence[int]) -> dict[str, float]:
-    """How well the weights shown are the model's own.
+def check_weights(model, ids: Sequence[int], weights: torch.Tensor) -> dict[str, float]:
+    """How well `weights` (L, N, T, T), as `attention_weights` gives them, are the model's own.
+
+    In an ordinary forward, which shows no weights, the input and output of every layer's attention are recorded. From
+    that input and `weights` the output is worked out once more, by the formula.
 
     Returns:
-        row_sum: largest distance of a row's sum from 1; output: largest difference between the outputs (logits, or
-        class logits behind `<cls>`) that follow from these weights and those of the fused kernel, which shows none,
-        as a share of the largest output.
+        row_sum: largest distance of a row's sum from 1; attention: largest difference of an attention's output from
+        the recorded one; output: largest difference of the model's output (logits, or class logits behind `<cls>`)
+        between a forward that shows its weights and the ordinary one. The last two are shares of the largest value.
     """
-    from_weights, weights = _run(model, ids, output_attentions=True)
-    fused, _ = _run(model, ids, output_attentions=False)
+    recorded: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: (T, H) in and out
+
+    def record(module, inputs, output):
+        recorded.append((inputs[0][0], output[0][0]))
+
+    layers = _base(model).model.layers
+    hooks = [layer.self_attn.register_forward_hook(record) for layer in layers]
+    try:
+        fused, _ = _run(model, ids, output_attentions=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    differences = [
+        _relative(_attention_output(layer.self_attn, x, read.to(x)), output)
+        for layer, (x, output), read in zip(layers, recorded, weights, strict=True)
+    ]
     return {
         "row_sum": float((weights.sum(-1) - 1).abs().max()),
-        "output": float((from_weights - fused).abs().max() / fused.abs().max()),
+        "attention": max(differences),
+        "output": _relative(_run(model, ids, output_attentions=True)[0], fused),
     }
+
+
+def _attention_output(attention, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(T, H) from the input (T, H) and the weights (N, T, T) of one layer's attention."""
+    values = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))  # (T, K, D)
+    values = values.repeat_interleave(len(weights) // values.shape[1], dim=1)  # (T, N, D): a group shares its values
+    return attention.o_proj(torch.einsum("nts,snd->tnd", weights, values).flatten(1))
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _base(model):
+    """The MiniMind inside a model of any method."""
+    return model.base if isinstance(model, ClsTunedModel | PromptTuningModel) else model
 
 
 def _run(model, ids: Sequence[int], output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (T, V), or class logits (C,), and the weights (L, N, T, T) where asked for."""
-    device = model.base.device if isinstance(model, ClsTunedModel | PromptTuningModel) else model.device
+    device = _base(model).device
     input_ids = torch.tensor([list(ids)], device=device)
     if isinstance(model, ClsTunedModel):
         lengths = torch.tensor([len(ids)], device=device)
@@ -92,25 +127,29 @@ def token_labels(tokenizer, ids: Sequence[int]) -> list[str]:
     `↵`, a space alone is `␣`, bytes that are no text are shown as `<E4>`.
     """
     labels: list[str] = []
-    for piece in _whole_pieces(tokenizer, ids):
-        text = tokenizer.decode(piece, skip_special_tokens=False)
-        if "\ufffd" in text:
-            labels += [_hex(tokenizer, token) for token in piece]
-            continue
+    for text, span in text_pieces(tokenizer, ids):
         visible = text.replace("\n", "↵").strip(" ") or "␣"
-        labels += [visible] + [CONTINUED] * (len(piece) - 1)
+        labels += [visible] + [CONTINUED] * (len(span) - 1)
     return labels
 
 
-def _whole_pieces(tokenizer, ids: Sequence[int]) -> list[list[int]]:
-    """The ids in groups, each the fewest that decode to whole characters; bytes that are no text stand alone."""
-    pieces, start = [], 0
+def text_pieces(tokenizer, ids: Sequence[int]) -> list[tuple[str, range]]:
+    """The text in its smallest pieces of whole characters, each with the positions of its tokens.
+
+    Joined they are the text, except that bytes that are no text are shown in hexadecimal.
+    """
+    pieces: list[tuple[str, range]] = []
+    start = 0
     while start < len(ids):
         # A character has at most 4 bytes, so at most 4 tokens share one.
-        tries = [list(ids[start : start + count]) for count in range(1, 5)]
-        whole = (part for part in tries if "\ufffd" not in tokenizer.decode(part, skip_special_tokens=False))
-        pieces.append(next(whole, tries[0]))
-        start += len(pieces[-1])
+        for end in range(start + 1, min(start + 4, len(ids)) + 1):
+            text = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
+            if "\ufffd" not in text:
+                break
+        else:
+            end, text = start + 1, _hex(tokenizer, ids[start])
+        pieces.append((text, range(start, end)))
+        start = end
     return pieces
 
 
@@ -125,16 +164,14 @@ def _hex(tokenizer, token: int) -> str:
 def word_spans(tokenizer, ids: Sequence[int]) -> list[range]:
     """The positions of every word: what stands between white space, and each Chinese character for itself."""
     spans: list[range] = []
-    position, after_break = 0, True
-    for piece in _whole_pieces(tokenizer, ids):
-        text = tokenizer.decode(piece, skip_special_tokens=False)
+    after_break = True
+    for text, piece in text_pieces(tokenizer, ids):
         wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
-        end = position + len(piece)
         if after_break or wide or text[:1].isspace():
-            spans.append(range(position, end))
+            spans.append(piece)
         else:
-            spans[-1] = range(spans[-1].start, end)
-        position, after_break = end, wide or text[-1:].isspace()
+            spans[-1] = range(spans[-1].start, piece.stop)
+        after_break = wide or text[-1:].isspace()
     return spans
 
 
@@ -151,17 +188,21 @@ def erasure_effect(
     share: float,
     draws: int,
     seed: int,
-) -> tuple[float, float]:
-    """How much the predicted label loses when words are erased: the most attended ones, and as many at random.
+) -> torch.Tensor:
+    """What becomes of the prediction when words are erased: the most attended ones, and random ones.
 
-    The first is comprehensiveness (DeYoung et al. 2020, https://arxiv.org/abs/1911.03429); the second, a mean over
-    `draws`, is what any erasure of that size costs. Where the prediction rests on what is attended to, the first is
-    larger.
+    The first is comprehensiveness (DeYoung et al. 2020, https://arxiv.org/abs/1911.03429); the second is what any
+    erasure of that size costs. A word's relevance grows with its length, so a random erasure goes on until it has
+    taken as many tokens, not only as many words.
 
     Args:
         probabilities: texts as token ids -> (texts, C).
         spans, relevance: the words of `ids` and how much each is attended to (words,).
         share: of the words to erase, at least one of them and never all.
+
+    Returns:
+        (2, 2): first row the most attended words, second row the mean over `draws` random choices; first column the
+        predicted label's loss of probability, second column how often another label is predicted instead.
 
     Raises:
         ValueError: fewer than two words.
@@ -170,13 +211,18 @@ def erasure_effect(
         raise ValueError(f"a text of {len(spans)} words: erasing one needs at least two")
     count = min(max(1, round(share * len(spans))), len(spans) - 1)
     generator = torch.Generator().manual_seed(seed)
-    erased = [relevance.topk(count).indices.tolist()]
-    erased += [torch.randperm(len(spans), generator=generator)[:count].tolist() for _ in range(draws)]
+    attended = relevance.topk(count).indices.tolist()
+    tokens = sum(len(spans[word]) for word in attended)
+    erased = [attended]
+    for _ in range(draws):
+        order = torch.randperm(len(spans), generator=generator).tolist()
+        taken = torch.tensor([len(spans[word]) for word in order]).cumsum(0)
+        erased.append(order[: min(int((taken < tokens).sum()) + 1, len(spans) - 1)])
     texts = [list(ids)]
     for words in erased:
         gone = {position for word in words for position in spans[word]}
         texts.append([token for position, token in enumerate(ids) if position not in gone])
-    chance = probabilities(texts)
+    chance = probabilities(texts)  # (1 + 1 + draws, C)
     predicted = chance[0].argmax()
-    losses = chance[0, predicted] - chance[1:, predicted]
-    return float(losses[0]), float(losses[1:].mean())
+    effects = torch.stack([chance[0, predicted] - chance[1:, predicted], (chance[1:].argmax(-1) != predicted).float()])
+    return torch.stack([effects[:, 0], effects[:, 1:].mean(1)])

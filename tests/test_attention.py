@@ -1,26 +1,26 @@
-"""Attention that is shown: the model's own, with names that can be read, against plain loops; and its notebook."""
+"""Attention that is shown: the model's own, with names that can be read, checked against plain loops."""
 
-import ast
+from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
-from nbclient import NotebookClient
 
+from dataset.classification_dataset import collate, encode
 from dataset.prompts import build_prompt, text_only_prompt, with_virtual_tokens
-from dataset.rows import Row
-from model import attention
+from dataset.rows import Row, read_rows
+from model import attention, model_minimind
+from model.checkpoint import CheckpointError
 from model.label_scoring import greedy_answers
 from model.model_projection_head import ClsTunedModel
-from tests.conftest import ROOT
+from tests.conftest import run
 from tests.test_methods import LABELS, SPEAKING, speaking_model
-from train import attention_view
+from train import attention_plots, attention_view, setup
+from train.classifiers import SCRIPTS
 from train.evaluation import Classifier
 from train.scoring import head_scorer, language_scorer
 
 IDS = list(range(5, 25))
-NOTEBOOK = ROOT / "attentionvisualize.ipynb"
 ROW = Row("The bank's shares rose after its results, and the minister spoke.", "business", source="here")
 
 
@@ -48,9 +48,10 @@ METHODS = [*SPEAKING, "projection_head"]
 @pytest.mark.parametrize("method", METHODS)
 def test_the_weights_are_the_models_own(method, tiny_base, tokenizer):
     model = classifier_of(method, tiny_base, tokenizer).model
-    found = attention.check_weights(model, IDS)
-    assert found["row_sum"] < 1e-5 and found["output"] < 1e-5
     weights = attention.attention_weights(model, IDS)
+    found = attention.check_weights(model, IDS, weights)
+    assert set(found) == {"row_sum", "attention", "output"} and max(found.values()) < 1e-5
+    assert not any(module._forward_hooks for module in model.modules())
     length = len(IDS) + (method == "projection_head")
     assert weights.shape == (2, 8, length, length) and weights.dtype == torch.float32
     if method == "projection_head":
@@ -60,17 +61,28 @@ def test_the_weights_are_the_models_own(method, tiny_base, tokenizer):
         assert (weights.triu(1) == 0).all()
 
 
-def test_a_wrong_weight_is_noticed(tiny_base, monkeypatch):
-    from model import model_minimind
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_not_the_models_own_are_noticed(method, tiny_base, tokenizer):
+    model = classifier_of(method, tiny_base, tokenizer).model
+    weights = attention.attention_weights(model, IDS)
+    assert attention.check_weights(model, IDS, weights / 2)["row_sum"] > 0.4
+    other_heads = attention.check_weights(model, IDS, weights.flip(1))  # whose rows sum to 1 all the same
+    assert other_heads["row_sum"] < 1e-5 and other_heads["attention"] > 1e-3
+    other_text = attention.attention_weights(model, IDS[::-1])
+    assert attention.check_weights(model, IDS, other_text)["attention"] > 1e-3
 
+
+def test_a_forward_that_computes_something_else_to_show_its_weights_is_noticed(tiny_base, monkeypatch):
     exact = model_minimind.attention_with_weights
 
-    def halved(*arguments):
+    def shifted(*arguments):
         mixed, weights = exact(*arguments)
-        return mixed, weights / 2
+        return mixed * 1.01, weights
 
-    monkeypatch.setattr(model_minimind, "attention_with_weights", halved)
-    assert attention.check_weights(tiny_base, IDS)["row_sum"] > 0.4
+    weights = attention.attention_weights(tiny_base, IDS)
+    monkeypatch.setattr(model_minimind, "attention_with_weights", shifted)
+    found = attention.check_weights(tiny_base, IDS, weights)
+    assert found["output"] > 1e-4 and found["attention"] < 1e-5
 
 
 def test_rollout_equals_a_loop_over_paths():
@@ -97,7 +109,18 @@ def test_every_token_has_a_name_that_can_be_read(tokenizer):
     assert attention.token_labels(tokenizer, half)[0].startswith("<E9")
     broken = [*half, *tokenizer.encode("Oil", add_special_tokens=False)]
     assert attention.token_labels(tokenizer, broken)[0].startswith("<E9")
+    assert attention.text_pieces(tokenizer, broken)[0][0].startswith("<E9")
     assert "".join(attention.token_labels(tokenizer, broken)).endswith("Oil")
+
+
+@pytest.mark.parametrize("text", ["Oil prices\nrose 2 %", "央行上调利率，股市下跌。", "naïve café 🙂 done"])
+def test_pieces_are_the_text_and_cover_its_tokens(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = attention.text_pieces(tokenizer, ids)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [position for _, span in pieces for position in span] == list(range(len(ids)))
+    labels = attention.token_labels(tokenizer, ids)
+    assert len(labels) == len(ids) and labels.count(attention.CONTINUED) == len(ids) - len(pieces)
 
 
 def test_words_cover_the_text_and_chinese_characters_stand_alone(tokenizer):
@@ -121,7 +144,8 @@ def test_a_reading_names_every_position_and_keeps_all_weight(method, tiny_base, 
     torch.testing.assert_close(reading.rollout.sum(-1), torch.ones(size), atol=1e-5, rtol=0)
     shown = "".join(reading.names[position] for position in reading.text)
     assert shown == ROW.text.replace(" ", "")
-    first = {"prompt_tuning": ["v1", "v2", "v3", "v4", "v5", "instruction"], "projection_head": ["<cls>"]}
+    virtual = [f"virtual {number}" for number in range(1, 6)]
+    first = {"prompt_tuning": [*virtual, "instruction"], "projection_head": ["<cls>"]}
     expected = first.get(method, ["instruction"])
     assert reading.names[: len(expected)] == expected and reading.text.start == len(expected)
     assert reading.reader == (0 if method == "projection_head" else size - 1)
@@ -130,6 +154,14 @@ def test_a_reading_names_every_position_and_keeps_all_weight(method, tiny_base, 
     whole = attention.attention_weights(classifier.model, prompt.prompt_ids(ROW))
     own = len(reading.text) + len(prompt.suffix_ids)
     assert torch.equal(reading.weights[..., -own:, -own:], whole[..., -own:, -own:])
+    for position in range(whole.shape[-1] - own, whole.shape[-1]):
+        folded = whole[:, :, position, : whole.shape[-1] - own].sum(-1)
+        shown = reading.weights[:, :, position - whole.shape[-1], : reading.text.start].sum(-1)
+        torch.testing.assert_close(shown, folded, atol=1e-6, rtol=0)
+    unfolded = attention_view.read(classifier, ROW, fold=False)
+    assert torch.equal(unfolded.weights, whole) and len(unfolded.names) == whole.shape[-1]
+    torch.testing.assert_close(reading.by_layer[:, -own:], unfolded.by_layer[:, -own:])
+    assert unfolded.names[unfolded.reader] == reading.names[reading.reader]
     scores = classifier.scores([ROW]).softmax(-1)
     assert reading.probability == pytest.approx(float(scores.max()), abs=1e-6)
     assert reading.label == prompt.labels[int(scores.argmax())]
@@ -137,8 +169,6 @@ def test_a_reading_names_every_position_and_keeps_all_weight(method, tiny_base, 
 
 @pytest.mark.parametrize("method", SPEAKING)
 def test_the_answer_shown_is_the_greedy_one(method, tiny_base, tokenizer):
-    from dataset.classification_dataset import collate, encode
-
     classifier = classifier_of(method, tiny_base, tokenizer)
     reading = attention_view.read(classifier, ROW, with_answer=True)
     prompt, longest = classifier.prompt, max(map(len, classifier.prompt.label_ids))
@@ -151,8 +181,9 @@ def test_the_answer_shown_is_the_greedy_one(method, tiny_base, tokenizer):
     expected = attention.attention_weights(classifier.model, so_far)[:, :, -1, -3:]
     found = reading.weights[:, :, reading.answer[2], reading.answer[2] - 2 : reading.answer[2] + 1]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    figure = attention_view.plot_answer(reading)
-    assert len(figure.axes[0].get_yticks()) == len(reading.answer_names)
+    figure = attention_plots.plot_answer({method: reading})
+    drawn = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert drawn == [f"{step + 1}: {name}" for step, name in enumerate(reading.answer_names)]
 
 
 def test_the_projection_head_has_no_words(tiny_base, tokenizer):
@@ -160,66 +191,78 @@ def test_the_projection_head_has_no_words(tiny_base, tokenizer):
     with pytest.raises(ValueError, match="answers with a class, not in words"):
         attention_view.read(classifier, ROW, with_answer=True)
     with pytest.raises(ValueError, match="holds no answer"):
-        attention_view.plot_answer(attention_view.read(classifier, ROW))
+        attention_plots.plot_answer({"head": attention_view.read(classifier, ROW)})
+
+
+def looks_for_seven(texts):
+    return torch.tensor([[0.9, 0.1] if 7 in text else [0.2, 0.8] for text in texts])
 
 
 def test_erasing_finds_the_word_that_decides():
     """A classifier that looks for token 7 alone: attention that points at it is faithful, other attention is not."""
-
-    def probabilities(texts):
-        return torch.tensor([[0.9, 0.1] if 7 in text else [0.2, 0.8] for text in texts])
-
     ids, spans = list(range(10)), [range(n, n + 1) for n in range(10)]
     right, wrong = torch.zeros(10), torch.zeros(10)
     right[7], wrong[3] = 1.0, 1.0
-    attended, chance = attention.erasure_effect(probabilities, ids, spans, right, share=0.1, draws=200, seed=0)
-    assert attended == pytest.approx(0.7) and chance == pytest.approx(0.07, abs=0.04)
-    attended, _ = attention.erasure_effect(probabilities, ids, spans, wrong, share=0.1, draws=5, seed=0)
-    assert attended == 0
+    attended, chance = attention.erasure_effect(looks_for_seven, ids, spans, right, share=0.1, draws=200, seed=0)
+    assert attended.tolist() == pytest.approx([0.7, 1])
+    assert chance[1] == pytest.approx(0.1, abs=0.06) and chance[0] == pytest.approx(0.7 * float(chance[1]), abs=1e-6)
+    attended, _ = attention.erasure_effect(looks_for_seven, ids, spans, wrong, share=0.1, draws=5, seed=0)
+    assert attended.tolist() == [0, 0]
     with pytest.raises(ValueError, match="a text of 1 words"):
-        attention.erasure_effect(probabilities, [7], [range(1)], torch.ones(1), 0.2, 5, 0)
+        attention.erasure_effect(looks_for_seven, [7], [range(1)], torch.ones(1), 0.2, 5, 0)
 
 
-def test_coloured_text_is_escaped_and_darkest_where_read_most(tiny_base, tokenizer):
-    row = Row("Rates <b>rose</b> 银", None)
-    reading = attention_view.read(classifier_of("lora", tiny_base, tokenizer), row)
-    relevance = torch.zeros(len(reading.names))
-    relevance[reading.text[0]] = 0.25
-    shown = attention_view.coloured_text_html(reading, relevance, "base")
-    assert "<b>rose" not in shown and "银" in shown
-    assert shown.index("214,96,30,1.000") < shown.index("214,96,30,0.000")
-    assert "25% of the weight lies on the text" in shown
+def test_random_erasures_are_as_large_as_the_one_they_are_compared_with():
+    """Half of the tokens are one word: it is erased first, and random words must cost as many tokens."""
+    ids, spans = list(range(20)), [range(10), *(range(n, n + 1) for n in range(10, 20))]
+    relevance = torch.tensor([1.0] + [0.0] * 10)
+    seen = []
+
+    def probabilities(texts):
+        seen.extend(texts)
+        return looks_for_seven(texts)
+
+    attention.erasure_effect(probabilities, ids, spans, relevance, share=0.1, draws=30, seed=0)
+    whole, attended, *chance = seen
+    assert whole == ids and attended == ids[10:]
+    assert all(0 < len(text) <= 10 for text in chance)
+    assert len({tuple(text) for text in chance}) > 5
 
 
-# -- the notebook -----------------------------------------------------------------------------------------------------
+def test_effects_of_many_texts_are_those_of_each(tiny_base, tokenizer, rows):
+    classifier = classifier_of("projection_head", tiny_base, tokenizer)
+    effects = attention_view.faithfulness(classifier, rows[:3], draws=2)
+    assert effects.shape == (3, 2, 2)
+    assert torch.equal(effects, attention_view.faithfulness(classifier, rows[:3], draws=2))
+    low, high = attention_view.bootstrap_interval(effects[:, :, 0])
+    assert ((low <= effects[:, :, 0].mean(0)) & (effects[:, :, 0].mean(0) <= high)).all()
+    figure = attention_plots.plot_faithfulness({"a": effects, "b": effects})
+    assert len(figure.axes[0].patches) == 4
+    widths = [bar.get_width() for bar in figure.axes[0].patches[::2]]  # most attended, random, of "a"
+    assert widths == pytest.approx(effects[:, :, 0].mean(0).tolist())
 
 
-def test_the_notebook_is_committed_without_outputs_and_only_calls_and_draws():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    for cell in cells:
-        assert not cell.outputs and cell.execution_count is None
-        defined = (ast.FunctionDef, ast.ClassDef, ast.While)
-        assert not any(isinstance(node, defined) for node in ast.walk(ast.parse(cell.source)))
+# -- artifacts --------------------------------------------------------------------------------------------------------
 
 
-def executed(folder) -> list:
-    """What a run shows in a copy of the project that holds no artifact."""
-    folder.mkdir()
-    for name in ("dataset", "model", "train"):
-        (folder / name).symlink_to(ROOT / name)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=110, resources=resources, coalesce_streams=True).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [output.get("data", output.get("text")) for output in outputs if output.get("name") != "stderr"]
+def test_every_artifact_and_the_base_open_by_name(tmp_path, tiny_base_folder, data_files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--from_weight", tiny_base_folder, "--data_path", data_files["train"], "--allow_mismatch"]
+    for method in ("prompt_tuning", "projection_head"):
+        run(SCRIPTS[method], *flags, "--epochs", 1, "--max_seq_len", 96, "--save_name", "same", cwd=tmp_path)
+    paths = [f"out/{method}/same_64.safetensors" for method in ("prompt_tuning", "projection_head")]
+    rows = read_rows(data_files["train"])
+    monkeypatch.setattr(setup, "check_pairing", lambda *arguments: None)  # the tiny base knows nothing
+    opened = attention_view.open_classifiers(str(tiny_base_folder), paths, rows)
+    methods = {name: classifier.method for name, classifier in opened.items()}
+    assert methods == {"base": "frozen base", "same_64": "prompt_tuning", paths[1]: "projection_head"}
+    assert attention_view.read(opened["same_64"], ROW).names[19] == "virtual 20"
+    assert list(attention_view.open_classifiers(str(tiny_base_folder), [], rows)) == ["base"]
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors: no such file"):
+        attention_view.open_classifiers(str(tiny_base_folder), ["out/absent.safetensors"], rows)
+    assert not Path("out/absent.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_two_runs_of_the_notebook_show_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    first, second = executed(tmp_path / "first"), executed(tmp_path / "second")
-    assert first == second
-    shown = str(first)
-    assert shown.count("image/png") >= 8 and "of the weight lies on the text" in shown
-    assert str(tmp_path) not in shown
+def test_a_small_artifact_that_cannot_be_trained_says_why(tmp_path, tiny_base_folder):
+    with pytest.raises(RuntimeError, match=r"train_lora\.py ended with 4: .*no better than chance"):
+        attention_view.quick_artifact(str(tiny_base_folder), "lora", tmp_path)
