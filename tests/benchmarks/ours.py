@@ -1,4 +1,7 @@
-"""This project's way: the very functions that the train and evaluation scripts call."""
+"""This project's way: the very functions that the train and evaluation scripts call.
+
+`dtype` is the type of the frozen weights, as `--dtype` of those scripts gives it.
+"""
 
 from collections.abc import Callable
 
@@ -20,9 +23,9 @@ from train.scoring import language_scorer, score_examples
 from train.text_cache import TextCache
 
 
-def with_method(method: str):
+def with_method(method: str, dtype: torch.dtype = torch.float32):
     """A model with the method on it, and its prompt."""
-    model, prompt = new_base(), new_prompt()
+    model, prompt = new_base().to(dtype), new_prompt()
     if method == "lora":
         apply_lora(model, uniform_rank_map(model, RANK))
     elif method == "adapter":
@@ -42,9 +45,9 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def training(method: str, rows: list[Row]) -> Callable[[], float]:
+def training(method: str, rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
     """One epoch of LoRA, adapter or prompt tuning; returns the texts it trained on."""
-    model, prompt = with_method(method)
+    model, prompt = with_method(method, dtype)
     task = LanguageTask(model, prompt, rows, rows[:1], "cpu")
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
 
@@ -58,9 +61,9 @@ def training(method: str, rows: list[Row]) -> Callable[[], float]:
     return run
 
 
-def head_training(rows: list[Row], epochs: int) -> Callable[[], float]:
+def head_training(rows: list[Row], epochs: int, dtype: torch.dtype) -> Callable[[], float]:
     """The projection head from nothing, its cache included; returns texts times epochs."""
-    model, prompt = ClsTunedModel(new_base(), len(LABELS)), text_only_prompt(new_prompt())
+    model, prompt = ClsTunedModel(new_base().to(dtype), len(LABELS)), text_only_prompt(new_prompt())
     examples = encode(rows, prompt)
     lengths = [len(example.ids) for example in examples]
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
@@ -78,9 +81,9 @@ def head_training(rows: list[Row], epochs: int) -> Callable[[], float]:
     return run
 
 
-def scoring(rows: list[Row]) -> Callable[[], float]:
+def scoring(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
     """The score of every label for every text; returns the texts."""
-    model, prompt = with_method("base")
+    model, prompt = with_method("base", dtype)
     examples = encode(rows, prompt)
 
     def run() -> float:
@@ -90,9 +93,9 @@ def scoring(rows: list[Row]) -> Callable[[], float]:
     return run
 
 
-def rank_selection(rows: list[Row]) -> Callable[[], float]:
+def rank_selection(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
     """Gradients of one batch after the other and the rank of every layer; returns the batches."""
-    model, prompt = with_method("base")
+    model, prompt = with_method("base", dtype)
     task = LanguageTask(model, prompt, rows, rows[:1], "cpu")
 
     def run() -> float:

@@ -15,10 +15,9 @@ from dataset.rows import Row
 from model.artifact import trained_tensors
 from model.model_projection_head import ClsTunedModel
 from tests.benchmarks.ours import update, with_method
-from tests.benchmarks.shape import LABELS, new_base, new_prompt
+from tests.benchmarks.shape import BATCH_SIZE, LABELS, new_base, new_prompt
 
 PADDED = 1024
-BATCH_SIZE = 8
 
 
 def padded(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
