@@ -23,6 +23,7 @@ from model.checkpoint import CheckpointError, find_weight
 from train import arguments, leaderboard
 from train.classifiers import artifact_classifier, base_classifier, merged_classifier
 from train.evaluation import class_table, comparison_table, evaluate, honest_lines, plot_confusion
+from train.judge_client import JudgeError
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -93,6 +94,10 @@ def write_predictions(path: Path, rows: list[Row], labels: list[str], prediction
     write_atomically(path, "".join(lines).encode())
 
 
+def write_report(path: Path, report: dict) -> None:
+    write_atomically(path, json.dumps(report, ensure_ascii=False, indent=1).encode())
+
+
 def classify(args, classifier) -> None:
     """`--text` and `--input`: labels and probabilities for texts without labels."""
     rows = read_rows(args.input, need_labels=False) if args.input else [Row(args.text, None, source="--text")]
@@ -149,19 +154,22 @@ def main(argv: list[str] | None = None) -> None:
 
     report_path = args.report or (source or args.out_dir / "frozen_base").with_suffix(".report.json")
     picture = report_path.with_suffix(".confusion.png")
-    if args.llm_as_a_judge:
+    write_report(report_path, report)
+    plot_confusion(figures, picture)
+    print(f"  {report_path}\n  {picture}")
+    if args.predictions:
+        write_predictions(args.predictions, rows, list(classifier.prompt.labels), predictions, chances)
+        print(f"  {args.predictions}")
+    if args.llm_as_a_judge:  # last: what was measured is on disk by then, whatever the judge's server says
         judged = [
             {"text": row.text, "title": row.title, "label": row.label, "prediction": prediction}
             for row, prediction in zip(rows, predictions, strict=True)
         ]
         report["judge"] = llm_as_a_judge.run_judge(judged, list(classifier.prompt.labels), args)
         llm_as_a_judge.print_report(report["judge"])
-    write_atomically(report_path, json.dumps(report, ensure_ascii=False, indent=1).encode())
-    plot_confusion(figures, picture)
-    print(f"  {report_path}\n  {picture}")
-    if args.predictions:
-        write_predictions(args.predictions, rows, list(classifier.prompt.labels), predictions, chances)
-        print(f"  {args.predictions}")
+        write_report(report_path, report)
+        if report["judge"].get("errors"):
+            raise JudgeError(f"{report['judge']['errors']} texts could not be judged; run it again for these alone")
 
 
 if __name__ == "__main__":

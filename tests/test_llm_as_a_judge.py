@@ -800,3 +800,14 @@ def test_evaluation_hands_its_predictions_to_the_judge(serve, tmp_path):
     alone = subprocess.run(command(tmp_path, server.url, "--labels", labels), capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     assert "6 judged" in alone.stdout and len(server.requests) == 6
+
+
+def test_without_a_key_the_evaluation_is_kept(tmp_path):
+    lines = (ROOT / "dataset/sample_news/test.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
+    paths = ["--data_path", "test.jsonl", "--report", "report.json", "--predictions", "predictions.jsonl"]
+    keys = {"DEEPSEEK_API_KEY": "", "OPENAI_API_KEY": ""}
+    done = run("eval_llm_metrics.py", *paths, "--llm_as_a_judge", cwd=tmp_path, check=False, **keys)
+    assert done.returncode == 2 and "API key" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["n"] == 4
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 4

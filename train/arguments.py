@@ -28,7 +28,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
     except tuple(EXIT_CODES) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        sys.exit(getattr(error, "exit_code", code))  # a judge without a key is wrong usage
     finally:
         distributed.stop()
 
