@@ -239,7 +239,6 @@ def test_json_lines_with_every_kind_of_broken_row(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pytest.importorskip("pyarrow")
     import pandas
 
     table = pandas.DataFrame({"text": ["one", None, "three"], "label": ["a", "b", None]})
