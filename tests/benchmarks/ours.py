@@ -93,14 +93,27 @@ def scoring(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
     return run
 
 
-def rank_selection(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
-    """Gradients of one batch after the other and the rank of every layer; returns the batches."""
+def gradients(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
+    """Rank selection's gradients, one batch after the other; returns the batches."""
     model, prompt = with_method("base", dtype)
     task = LanguageTask(model, prompt, rows, rows[:1], "cpu")
 
     def run() -> float:
         steps = training_steps(task.lengths, BATCH_SIZE, seed=0, epoch=0)
-        select_ranks(mean_gradients(model, target_layers(model), map(task.batch, steps), task.loss))
+        mean_gradients(model, target_layers(model), map(task.batch, steps), task.loss)
         return len(steps)
+
+    return run
+
+
+def spectra(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
+    """Rank selection's other part, the spectra of all layers, once; returns 1."""
+    model, prompt = with_method("base", dtype)
+    task = LanguageTask(model, prompt, rows[:BATCH_SIZE], rows[:1], "cpu")
+    found = mean_gradients(model, target_layers(model), [task.batch(range(BATCH_SIZE))], task.loss)
+
+    def run() -> float:
+        select_ranks(found)
+        return 1
 
     return run

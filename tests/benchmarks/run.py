@@ -30,47 +30,49 @@ HEAD_EPOCHS = 20
 DEFAULT_STEPS = 10 * 43  # training with the defaults: 10 epochs of 675 bundled rows in batches of 16
 PROBE_BATCHES = 30  # and its rank selection
 SHORT_TEXTS, LONG_TEXTS = 32, shape.BATCH_SIZE  # a turn; the long ones are one step
+SEED_TEXTS = 4  # a turn of the seed's way
 LIMITS = {"limit_float32": torch.float32, "limit_bfloat16": torch.bfloat16}
 
 
-def contenders(dtype: torch.dtype) -> dict[str, Callable[[], Callable[[], float]]]:
+def contenders(dtype: torch.dtype, seed_texts: int = SEED_TEXTS) -> dict[str, Callable[[], Callable[[], float]]]:
     """Name -> what sets a contender up and returns its timed run, which returns how much it did.
 
     LoRA of ours runs in both types, beside each other; everything else of ours in `dtype`. The seed's way takes the
-    same time for every text, whatever its length, and gets fewer of the short ones.
+    same time for every text, whatever its length, and gets only `seed_texts` of them.
     """
     short, articles = short_rows(SHORT_TEXTS), long_rows(LONG_TEXTS)
     float32, bfloat16 = torch.float32, torch.bfloat16
     return {
         "lora_long_ours_float32": lambda: ours.training("lora", articles, float32),
         "lora_long_ours_bfloat16": lambda: ours.training("lora", articles, bfloat16),
-        "lora_long_seed": lambda: seed_way.training("lora", articles),
+        "lora_long_seed": lambda: seed_way.training("lora", articles[:seed_texts]),
         "lora_long_peft_float32": lambda: with_peft.training("lora", articles, "float32"),
         "lora_long_peft_autocast": lambda: with_peft.training("lora", articles, "autocast"),
         "lora_long_peft_bfloat16": lambda: with_peft.training("lora", articles, "bfloat16"),
         "lora_short_ours_float32": lambda: ours.training("lora", short, float32),
         "lora_short_ours_bfloat16": lambda: ours.training("lora", short, bfloat16),
-        "lora_short_seed": lambda: seed_way.training("lora", short[:8]),
+        "lora_short_seed": lambda: seed_way.training("lora", short[:seed_texts]),
         "lora_short_peft_float32": lambda: with_peft.training("lora", short, "float32"),
         "lora_short_peft_autocast": lambda: with_peft.training("lora", short, "autocast"),
         "lora_short_peft_bfloat16": lambda: with_peft.training("lora", short, "bfloat16"),
         "adapter_ours": lambda: ours.training("adapter", articles, dtype),
-        "adapter_seed": lambda: seed_way.training("adapter", articles),
+        "adapter_seed": lambda: seed_way.training("adapter", articles[:seed_texts]),
         "prompt_ours": lambda: ours.training("prompt", articles, dtype),
-        "prompt_seed": lambda: seed_way.training("prompt", articles),
+        "prompt_seed": lambda: seed_way.training("prompt", articles[:seed_texts]),
         "prompt_peft_float32": lambda: with_peft.training("prompt", articles, "float32"),
         "prompt_peft_autocast": lambda: with_peft.training("prompt", articles, "autocast"),
         "prompt_peft_bfloat16": lambda: with_peft.training("prompt", articles, "bfloat16"),
         "head_ours": lambda: ours.head_training(short, HEAD_EPOCHS, dtype),
-        "head_seed": lambda: seed_way.head_training(short[:8]),
+        "head_seed": lambda: seed_way.head_training(short[:seed_texts]),
         "head_peft_float32": lambda: with_peft.head_training(short, "float32"),
         "head_peft_autocast": lambda: with_peft.head_training(short, "autocast"),
         "head_peft_bfloat16": lambda: with_peft.head_training(short, "bfloat16"),
         "scoring_ours": lambda: ours.scoring(short, dtype),
-        "scoring_seed": lambda: seed_way.scoring(short[:4]),
+        "scoring_seed": lambda: seed_way.scoring(short[:seed_texts]),
         "scoring_generate_float32": lambda: with_peft.generating(short, "float32"),
         "scoring_generate_bfloat16": lambda: with_peft.generating(short, "bfloat16"),
-        "ranks_ours": lambda: ours.rank_selection(short, dtype),
+        "ranks_gradients": lambda: ours.gradients(short, dtype),
+        "ranks_spectra": lambda: ours.spectra(short, dtype),
         "ranks_eva_float32": lambda: with_peft.eva(short, "float32"),
         "ranks_eva_autocast": lambda: with_peft.eva(short, "autocast"),
     }
@@ -130,7 +132,6 @@ def ratios_of(rate: dict[str, float], dtype: str) -> dict[str, float]:
         for name in ("lora_long", "lora_short", "adapter", "prompt", "head", "scoring")
         for rival in ("seed", "peft", "generate")
     }
-    against["rank_selection_vs_eva"] = ("ranks_ours", "ranks_eva")
     ratios = {}
     for name, (mine, rival) in against.items():
         if mine in rate and any(other.startswith(rival) for other in rate):
@@ -138,9 +139,13 @@ def ratios_of(rate: dict[str, float], dtype: str) -> dict[str, float]:
     if "lora_long_ours_bfloat16" in rate:
         operations = machine.step_operations(shape.new_base(), shape.new_prompt(), long_rows(LONG_TEXTS))
         ratios["limit_share"] = operations * rate["lora_long_ours_bfloat16"] / LONG_TEXTS / rate["limit_bfloat16"]
-    if "ranks_ours" in rate and f"lora_short_ours_{dtype}" in rate:
-        training_seconds = DEFAULT_STEPS * shape.BATCH_SIZE / rate[f"lora_short_ours_{dtype}"]
-        ratios["rank_selection_share"] = PROBE_BATCHES / rate["ranks_ours"] / training_seconds
+    if "ranks_gradients" in rate:
+        seconds = PROBE_BATCHES / rate["ranks_gradients"] + 1 / rate["ranks_spectra"]
+        ratios["rank_selection_vs_eva"] = PROBE_BATCHES / rate[fastest(rate, "ranks_eva")] / seconds
+        if f"lora_short_ours_{dtype}" in rate:
+            ratios["rank_selection_share"] = (
+                seconds * rate[f"lora_short_ours_{dtype}"] / (DEFAULT_STEPS * shape.BATCH_SIZE)
+            )
     return ratios
 
 
@@ -149,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = compute_dtype(args.dtype, "cpu")
     if args.memory_of:
-        contenders(dtype)[args.memory_of]()()
+        contenders(dtype, seed_texts=LONG_TEXTS)[args.memory_of]()()  # every one with the same batch
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
         return
     started = time.perf_counter()
