@@ -124,12 +124,12 @@ def test_pieces_are_the_text_and_cover_its_tokens(tokenizer, text):
 
 
 def test_words_cover_the_text_and_chinese_characters_stand_alone(tokenizer):
-    text = "Oil prices\nrose 银行 unbelievably"
+    text = "Oil prices\nrose 银行unbelievably涨"
     ids = tokenizer.encode(text, add_special_tokens=False)
     spans = attention.word_spans(tokenizer, ids)
     assert [position for span in spans for position in span] == list(range(len(ids)))
     words = [tokenizer.decode([ids[position] for position in span]).strip() for span in spans]
-    assert [word for word in words if word] == ["Oil", "prices", "rose", "银", "行", "unbelievably"]
+    assert [word for word in words if word] == ["Oil", "prices", "rose", "银", "行", "unbelievably", "涨"]
     relevance = torch.rand(len(ids))
     torch.testing.assert_close(attention.word_relevance(relevance, spans).sum(), relevance.sum())
 
@@ -160,6 +160,10 @@ def test_a_reading_names_every_position_and_keeps_all_weight(method, tiny_base, 
         torch.testing.assert_close(shown, folded, atol=1e-6, rtol=0)
     unfolded = attention_view.read(classifier, ROW, fold=False)
     assert torch.equal(unfolded.weights, whole) and len(unfolded.names) == whole.shape[-1]
+    assert torch.equal(unfolded.rollout, attention.rollout(whole))
+    first = reading.text.start - 1  # the instruction, whose row is that of its last token; virtual tokens before it
+    of_instruction = whole[:, :, unfolded.text.start - 1, :first]
+    assert torch.equal(reading.weights[:, :, first, :first], of_instruction)
     torch.testing.assert_close(reading.by_layer[:, -own:], unfolded.by_layer[:, -own:])
     assert unfolded.names[unfolded.reader] == reading.names[reading.reader]
     scores = classifier.scores([ROW]).softmax(-1)
