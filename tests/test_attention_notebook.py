@@ -3,7 +3,7 @@
 import ast
 import html
 import re
-import time
+import resource
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -69,16 +69,22 @@ def test_the_notebook_is_committed_without_outputs_and_only_calls_and_draws():
         assert not any(isinstance(node, defined) for node in ast.walk(ast.parse(cell.source)))
 
 
+def processor_seconds() -> float:
+    """Of the processes that have ended: on one thread what a run takes, whatever else the machine is doing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def executed(folder) -> list:
     """What a run shows in a copy of the project that holds no artifact."""
     folder.mkdir()
     for name in ("dataset", "model", "train"):
         (folder / name).symlink_to(ROOT / name)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    start = time.monotonic()
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=110, resources=resources, coalesce_streams=True).execute()
-    assert time.monotonic() - start < 120
+    before = processor_seconds()
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=240, resources=where, coalesce_streams=True).execute()
+    assert 10 < processor_seconds() - before < 120
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [output.get("data", output.get("text")) for output in outputs if output.get("name") != "stderr"]
 
