@@ -109,8 +109,9 @@ def gradients(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
 def spectra(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
     """Rank selection's other part, the spectra of all layers, once; returns 1."""
     model, prompt = with_method("base", dtype)
-    task = LanguageTask(model, prompt, rows[:BATCH_SIZE], rows[:1], "cpu")
-    found = mean_gradients(model, target_layers(model), [task.batch(range(BATCH_SIZE))], task.loss)
+    rows = rows[:BATCH_SIZE]
+    task = LanguageTask(model, prompt, rows, rows[:1], "cpu")
+    found = mean_gradients(model, target_layers(model), [task.batch(range(len(rows)))], task.loss)
 
     def run() -> float:
         select_ranks(found)
