@@ -143,8 +143,8 @@ class OnePass(list):
 def eva(rows: list[Row], dtype: str) -> Callable[[], float]:
     """EVA's initialisation (https://arxiv.org/abs/2410.07170) on the same batches; returns the batches.
 
-    EVA goes around its batches until every component stands still, which the activations of random weights delay far
-    beyond what a trained base would take: one pass over the batches, the least that it can do, is what counts.
+    EVA goes around its batches until every component stands still, which the activations of random weights delay
+    for minutes: one pass over the batches, the least that it can do, is what counts.
     """
     inputs = batches(new_prompt(), rows)
     config = LoraConfig(
