@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from dataset.classification_dataset import BUNDLED_DATA
 from dataset.rows import read_rows
@@ -60,6 +61,22 @@ def data_files(tmp_path_factory, rows) -> dict[str, Path]:
         lines = [json.dumps({"text": r.text, "title": r.title, "label": r.label}) for r in part]
         files[name].write_text("\n".join(lines) + "\n")
     return files
+
+
+def llama_config(config: MiniMindConfig, **more) -> LlamaConfig:
+    """The same dense MiniMind2 shape for transformers' own Llama, which PEFT can wrap."""
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=True,
+        **more,
+    )
 
 
 def run(*command: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:

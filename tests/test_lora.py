@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from model.artifact import load_trained, trained_tensors
 from model.checkpoint import CheckpointError, fingerprint, minimind_from_tensors
@@ -23,7 +23,7 @@ from model.model_lora import (
     uniform_rank_map,
 )
 from model.rank_selection import layer_spectrum, mean_gradients, rank_report, select_ranks
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, llama_config
 
 IDS = torch.arange(3, 51).view(3, 16)
 
@@ -67,21 +67,7 @@ def test_merged_equals_lora(tiny_base):
 @torch.no_grad()
 def test_peft_computes_the_same_logits(tiny_base):
     ranks = {name: 2 + index % 3 for index, name in enumerate(target_layers(tiny_base))}
-    config = tiny_base.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-        )
-    )
+    llama = LlamaForCausalLM(llama_config(tiny_base.config))
     llama.load_state_dict(tiny_base.state_dict(), strict=True)
     apply_lora(tiny_base, ranks, alpha=6)
     shake(tiny_base)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dataset.classification_dataset import collate, encode
 from dataset.prompts import build_prompt, text_only_prompt, with_virtual_tokens
@@ -17,6 +17,7 @@ from model.model_adapter import adapter_parameter_count, apply_adapter
 from model.model_lora import apply_lora, uniform_rank_map
 from model.model_projection_head import ClsTunedModel
 from model.model_prompt_tuning import PromptTuningModel, initial_virtual_tokens
+from tests.conftest import llama_config
 from train.text_cache import TextCache
 
 LABELS = ["business", "entertainment", "politics", "sport", "tech", "technology and science"]
@@ -126,20 +127,7 @@ def test_answer_loss_and_gradients_equal_the_whole_sequence(method, tiny_base, t
 
 @torch.no_grad()
 def test_prompt_tuning_equals_peft(tiny_base):
-    config = tiny_base.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-        )
-    )
+    llama = LlamaForCausalLM(llama_config(tiny_base.config))
     llama.load_state_dict(tiny_base.state_dict(), strict=True)
     peft = get_peft_model(llama, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6))
     vectors = peft.prompt_encoder["default"].embedding.weight

@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import torch
 from peft import EvaConfig, LoraConfig, PromptTuningConfig, TaskType, get_peft_model, initialize_lora_eva_weights
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from dataset.classification_dataset import scoring_batches, training_steps
 from dataset.prompts import Prompt, text_only_prompt
 from dataset.rows import Row
 from tests.benchmarks.ours import update
 from tests.benchmarks.shape import BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
+from tests.conftest import llama_config
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -25,23 +26,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def llama(kind=LlamaForCausalLM, **more):
     """The base's weights in transformers' own Llama."""
     base = new_base()
-    config = base.config
-    model = kind(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            eos_token_id=2,
-            **more,
-        )
-    )
+    model = kind(llama_config(base.config, pad_token_id=0, eos_token_id=2, **more))
     model.model.load_state_dict(base.model.state_dict(), strict=True)
     if kind is LlamaForCausalLM:
         model.tie_weights()
