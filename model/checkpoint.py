@@ -250,10 +250,11 @@ def check_pairing(model: MiniMindForCausalLM, tokenizer, texts: list[str]) -> fl
 def compute_dtype(name: str, device: str) -> torch.dtype:
     """The type of frozen weights and activations: "bfloat16", "float32", or for "auto" the faster one on `device`.
 
-    On a CPU that is bfloat16 only with AMX tiles: without them its products measured slower than float32's.
+    That is bfloat16 wherever the hardware multiplies it: without such instructions a CPU only imitates it, slowly.
     """
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    can = torch.cpu.get_capabilities()
+    return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32

@@ -1,6 +1,6 @@
 """Train a small MiniMind2-generation base from scratch on a JSONL corpus: this makes `model/minimind_mini/`.
 
-    python train/pretrain_base.py --corpus corpus.jsonl.xz --output_dir model/minimind_mini --minutes 150
+    python train/pretrain_base.py --corpus corpus.jsonl.xz --output_dir model/minimind_mini
 
 Stop it whenever you like: run the same command again and it goes on from its last checkpoint (`--work_dir`).
 One step: windows of packed tokens -> blocks -> cross-entropy in chunks -> gradients -> Muon and AdamW.
@@ -27,33 +27,39 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted cross-entropy of a linear head without ever holding all logits.
 
     Gradients are taken chunk by chunk in the forward pass, so nothing is computed twice and the logits of one chunk
-    stay in the processor's cache. hidden (P, H), weight (V, H), targets (P,), token_weights (P,) -> sum of losses.
+    stay in the processor's cache. hidden (P, H), weight (V, H), targets (P,), token_weights (P,) -> sum of losses;
+    products run in the type of `hidden`, the gradient of the weight is summed in its own.
     """
 
-    CHUNK = 1024  # positions
+    CHUNK = 512  # positions
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights):
+    def forward(ctx, hidden, weight, targets, token_weights, chunk_loss):
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
-        for chunk in torch.arange(len(hidden), device=hidden.device).split(ChunkedCrossEntropy.CHUNK):
-            part = hidden[chunk[0] : chunk[-1] + 1]
-            log_p = F.log_softmax((part @ weight.t()).float(), dim=-1)
-            target, token_weight = targets[chunk], token_weights[chunk]
-            total += -(log_p.gather(1, target[:, None])[:, 0] * token_weight).sum()
-            grad_logits = log_p.exp_()
-            grad_logits[torch.arange(len(part)), target] -= 1
-            grad_logits = (grad_logits * token_weight[:, None]).to(hidden.dtype)
-            grad_hidden[chunk[0] : chunk[-1] + 1] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ part
+        head = weight.to(hidden.dtype)
+        for start in range(0, len(hidden), ChunkedCrossEntropy.CHUNK):
+            chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
+            losses, grad_logits = chunk_loss(hidden[chunk] @ head.t(), targets[chunk], token_weights[chunk])
+            total += losses.sum()
+            torch.mm(grad_logits, head, out=grad_hidden[chunk])
+            grad_weight += grad_logits.t() @ hidden[chunk]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None
+
+
+def chunk_loss(logits, targets, token_weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted float32 losses (P,) of logits (P, V), and their gradient for the logits, in the type of the logits."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    losses = -log_p.gather(1, targets[:, None])[:, 0] * token_weights
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return losses, ((log_p.exp() - is_target.float()) * token_weights[:, None]).to(logits.dtype)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,11 +69,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="JSONL of {book, text}, also .xz or .gz")
     parser.add_argument("--output_dir", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoint and log")
-    parser.add_argument("--epochs", type=int, default=6, help="most passes over the corpus (default 6)")
-    parser.add_argument("--minutes", type=float, default=150, help="most minutes of training (default 150)")
+    parser.add_argument("--epochs", type=int, default=6, help="passes for which tasks are drawn (default 6)")
+    parser.add_argument("--tokens", type=float, default=60e6, help="tokens to train on (default 60e6)")
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--num_hidden_layers", type=int, default=6)
-    parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--num_hidden_layers", type=int, default=5)
+    parser.add_argument("--vocab_size", type=int, default=12800)
     parser.add_argument("--seq_len", type=int, default=256, help="tokens a window; doubled for the last quarter")
     parser.add_argument("--tokens_per_step", type=int, default=8192)
     parser.add_argument("--tokens_per_micro_batch", type=int, default=4096)
@@ -77,7 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answer_weight", type=float, default=4.0, help="loss weight of a task's answer tokens")
     parser.add_argument("--corpus_embeddings", type=int, default=1, choices=(0, 1), help="start from co-occurrences")
     parser.add_argument("--use_compile", type=int, default=1, choices=(0, 1))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of matrix products")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -128,28 +134,26 @@ def build_optimizers(model: MiniMindForCausalLM, args: argparse.Namespace) -> li
 
 
 def learning_rate_factor(progress: float) -> float:
-    """Warm-up over the first 2 %, flat, then a straight decay to 0 over the last 45 %."""
-    return min(progress / 0.02 + 0.01, 1.0, (1.0 - progress) / 0.45 + 1e-3)
+    """Warm-up over the first 1 %, flat, then a straight decay to 0 over the last 30 %."""
+    return min(progress / 0.01 + 0.01, 1.0, (1.0 - progress) / 0.3 + 1e-3)
 
 
-def summed_loss(model, head_weight, ids, weights, args) -> torch.Tensor:
+def summed_loss(blocks, loss_of_chunk, head_weight, ids, weights, args) -> torch.Tensor:
     """Sum over tokens of weight times cross-entropy; ids and weights (B, T + 1)."""
     ids, weights = ids.to(args.device, torch.long), weights.to(args.device)
     with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        hidden = model(ids[:, :-1]).last_hidden_state
-    head = head_weight.to(hidden.dtype)
-    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, ids[:, 1:].flatten(), weights[:, 1:].flatten())
+        hidden = blocks(ids[:, :-1]).last_hidden_state
+    hidden = hidden.flatten(0, 1).to(getattr(torch, args.dtype))
+    targets, token_weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
+    return ChunkedCrossEntropy.apply(hidden, head_weight, targets, token_weights, loss_of_chunk)
 
 
 @torch.no_grad()
-def validation_loss(model, head_weight, held_out, args) -> float:
+def validation_loss(loss_of, held_out, args) -> float:
     ids, weights = corpus.pack(held_out, args.seq_len, seed=0)
     rows = args.tokens_per_micro_batch // args.seq_len
     ids, weights = ids[: len(ids) // rows * rows], weights[: len(ids) // rows * rows]
-    total = sum(
-        float(summed_loss(model, head_weight, i, w, args))
-        for i, w in zip(ids.split(rows), weights.split(rows), strict=True)
-    )
+    total = sum(float(loss_of(i, w)) for i, w in zip(ids.split(rows), weights.split(rows), strict=True))
     return total / float(weights[:, 1:].sum())
 
 
@@ -178,26 +182,31 @@ def train(args: argparse.Namespace) -> None:
     all_tokens = sum(len(sequence.ids) for epoch in epochs for sequence in epoch)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {all_tokens:,} tokens in {args.epochs} epochs")
 
-    run_blocks = torch.compile(model.model, dynamic=False) if args.use_compile else model.model
-    head_weight = model.lm_head.weight
-    bar = tqdm(total=all_tokens, initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
+    blocks, loss_of_chunk = model.model, chunk_loss
+    if args.use_compile:
+        blocks, loss_of_chunk = (torch.compile(f, dynamic=False) for f in (blocks, loss_of_chunk))
+
+    def loss_of(ids, weights):
+        return summed_loss(blocks, loss_of_chunk, model.lm_head.weight, ids, weights, args)
+
+    bar = tqdm(total=int(args.tokens), initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
     progress = 0.0
     while state["epoch"] < args.epochs and progress < 1:
-        progress = max(state["tokens"] / all_tokens, state["seconds"] / 60 / args.minutes)
+        progress = state["tokens"] / args.tokens
         length = args.seq_len * (2 if progress > 0.75 else 1)
         ids, weights = corpus.pack(epochs[state["epoch"]], length, seed=args.seed + state["epoch"])
         per_step, per_micro = args.tokens_per_step // length, args.tokens_per_micro_batch // length
         # Windows are counted in tokens, so that a change of length continues at the same place of the epoch.
         for first in range(state["window"] // length, len(ids) - per_step + 1, per_step):
             begin = time.perf_counter()
-            progress = max(state["tokens"] / all_tokens, state["seconds"] / 60 / args.minutes)
+            progress = state["tokens"] / args.tokens
             if progress >= 1 or (progress > 0.75 and length == args.seq_len):
                 break
             step_ids, step_weights = ids[first : first + per_step], weights[first : first + per_step]
             normalizer = float(step_weights[:, 1:].sum())
             loss = 0.0
             for micro_ids, micro_weights in zip(step_ids.split(per_micro), step_weights.split(per_micro), strict=True):
-                micro_loss = summed_loss(run_blocks, head_weight, micro_ids, micro_weights, args) / normalizer
+                micro_loss = loss_of(micro_ids, micro_weights) / normalizer
                 micro_loss.backward()
                 loss += micro_loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
@@ -212,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
             state["seconds"] += time.perf_counter() - begin
             bar.update(step_ids.numel() - len(step_ids))
             if state["step"] % 100 == 0:
-                report = {**state, "loss": loss, "val_loss": validation_loss(run_blocks, head_weight, held_out, args)}
+                report = {**state, "loss": loss, "val_loss": validation_loss(loss_of, held_out, args)}
                 args.work_dir.mkdir(parents=True, exist_ok=True)
                 with log_file.open("a") as log:
                     log.write(json.dumps(report) + "\n")
@@ -221,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
         else:
             state["epoch"], state["window"] = state["epoch"] + 1, 0
     bar.close()
-    final = validation_loss(run_blocks, head_weight, held_out, args)
+    final = validation_loss(loss_of, held_out, args)
     print(f"validation loss {final:.3f} nats a token, perplexity {math.exp(final):.1f}")
     save_checkpoint(checkpoint, model, optimizers, state)
     export(model, tokenizer, args.output_dir)
