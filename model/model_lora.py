@@ -31,8 +31,8 @@ class LoRA(nn.Module):
         return self.alpha / self.rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        thin = F.linear(x, self.A.weight.to(x.dtype))  # (B, T, r)
-        return F.linear(thin, self.B.weight.to(x.dtype)) * self.scale  # (B, T, out)
+        thin = F.linear(x, self.A.weight.to(x.dtype)) * self.scale  # (B, T, r)
+        return F.linear(thin, self.B.weight.to(x.dtype))  # (B, T, out)
 
 
 class LoRALinear(nn.Linear):

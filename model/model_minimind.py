@@ -23,8 +23,9 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from model.attention_kernels import attention, attention_with_weights, causal_mask
+
 GENERATIONS = ("minimind2", "minimind3")
-QUERY_BLOCK = 128  # queries that attention takes at a time on a CPU
 
 
 class MiniMindConfig(PreTrainedConfig):
@@ -154,6 +155,23 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
 
 
+def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions of a bool mask (B, T), in order: (B, A) for the fullest row, and which of them are real (B, A)."""
+    counts = mask.sum(1)
+    most = int(counts.max())
+    positions = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return positions, torch.arange(most, device=mask.device) < counts[:, None]
+
+
+def take(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """The rows of (B or 1, ..., T, D) at `positions` (B, A), (B, ..., A, D); None takes all of them."""
+    if positions is None:
+        return x
+    index = positions.view(len(positions), *[1] * (x.dim() - 3), -1, 1)
+    x = x.expand(len(positions), *x.shape[1:])
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (https://arxiv.org/abs/2305.13245): N query heads share K key/value heads."""
 
@@ -186,62 +204,6 @@ class Attention(nn.Module):
         else:
             mixed, weights = attention(query, key, value, mask), None
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights  # (B, T, H)
-
-
-def take(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """The rows of (B or 1, ..., T, D) at `positions` (B, A), (B, ..., A, D); None takes all of them."""
-    if positions is None:
-        return x
-    index = positions.view(len(positions), *[1] * (x.dim() - 3), -1, 1)
-    x = x.expand(len(positions), *x.shape[1:])
-    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
-
-
-def attention(query, key, value, mask):
-    """Softmax attention, (B, N, T, D); `mask` None means causal, the queries being the last of the keys.
-
-    On a CPU the queries go in blocks, each over the keys up to its own end: what no query of a block may see is
-    never computed, also behind a cache. There bfloat16 takes plain matrix products, several times as fast as the fused
-    kernel's, and float32 the fused kernel; both were chosen by measurement (tests/benchmarks/RESULTS.md).
-    """
-    queries, keys = query.shape[2], key.shape[2]
-    if query.device.type != "cpu":
-        if mask is None and queries != keys:
-            mask = causal_mask(queries, keys, query.device)
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
-    mixed = []
-    for start in range(0, queries, QUERY_BLOCK):
-        asking = query[:, :, start : start + QUERY_BLOCK]
-        if mask is None:
-            end = keys - queries + start + asking.shape[2]
-            seen = causal_mask(asking.shape[2], end, query.device)
-        else:
-            end, seen = keys, mask[:, :, start : start + QUERY_BLOCK]
-        if query.dtype == torch.bfloat16:
-            mixed.append(attention_with_weights(asking, key[:, :, :end], value[:, :, :end], seen)[0])
-        else:
-            mixed.append(
-                F.scaled_dot_product_attention(asking, key[:, :, :end], value[:, :, :end], seen, enable_gqa=True)
-            )
-    return torch.cat(mixed, dim=2)
-
-
-def attention_with_weights(query, key, value, mask):
-    """Attention by matrix products, with its weights (B, N, T, S); a group of heads reads its keys in one product."""
-    if mask is None:
-        mask = causal_mask(query.shape[2], key.shape[2], query.device)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    grouped = query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # (B, K, N/K * T, D)
-    scores = (grouped * query.shape[-1] ** -0.5) @ key.transpose(2, 3)  # (B, K, N/K * T, S)
-    scores = scores.unflatten(2, (heads // kv_heads, -1)).masked_fill(~mask[:, :, None], -math.inf)
-    weights = scores.softmax(dim=-1)  # (B, K, N/K, T, S)
-    mixed = (weights.flatten(2, 3) @ value).unflatten(2, (heads // kv_heads, -1))
-    return mixed.flatten(1, 2), weights.flatten(1, 2)
-
-
-def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, T, S) bool, True where the query may look; the queries are the last of the keys."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
 
 
 class FeedForward(nn.Module):
@@ -317,14 +279,6 @@ class MiniMindBlock(nn.Module):
         x = take(x, positions) + self.adapter_attn(attended)
         x = x + self.adapter_mlp(self.mlp(self.post_attention_layernorm(x)))
         return x, weights
-
-
-def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions of a bool mask (B, T), in order: (B, A) for the fullest row, and which of them are real (B, A)."""
-    counts = mask.sum(1)
-    most = int(counts.max())
-    positions = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return positions, torch.arange(most, device=mask.device) < counts[:, None]
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from model.model_minimind import MiniMindForCausalLM, causal_mask
+from model.attention_kernels import causal_mask
+from model.model_minimind import MiniMindForCausalLM
 
 MIDDLE_FEATURES = 128
 
@@ -74,7 +75,8 @@ class ClsTunedModel(nn.Module):
     @torch.no_grad()
     def text_cache(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Keys and values of texts (B, T) in the frozen base: (B, L, 2, K, T, D)."""
-        cache = self.base.model(input_ids=input_ids, use_cache=True).past_key_values
+        any_one = input_ids.new_zeros(len(input_ids), 1)  # of the last block only keys and values are wanted
+        cache = self.base.model(input_ids=input_ids, use_cache=True, last_positions=any_one).past_key_values
         return torch.stack([torch.stack([layer.keys, layer.values], 1) for layer in cache.layers], 1)
 
     def forward_cached(self, text_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,10 @@ from transformers import DynamicCache
 
 from dataset.classification_dataset import IGNORED, collate, encode
 from dataset.prompts import build_prompt, with_virtual_tokens
+from model.attention_kernels import QUERY_BLOCK, attention, causal_mask
 from model.checkpoint import BUNDLED_BASE, load_minimind
 from model.label_scoring import answer_loss, label_log_probabilities
-from model.model_minimind import (
-    QUERY_BLOCK,
-    MiniMindConfig,
-    MiniMindForCausalLM,
-    attention,
-    causal_mask,
-    positions_of,
-)
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, positions_of
 from tests.test_methods import LABELS, SPEAKING, speaking_model
 
 IDS = torch.arange(3, 51).view(3, 16)

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from model.artifact import read_artifact
+from model.checkpoint import compute_dtype
 from tests.conftest import ROOT, run
+from train.setup import compile_blocks
 
 METHODS = {
     "lora": ("lora", "lora_classifier", ["--rank_eval_steps", "3"]),
@@ -118,7 +120,8 @@ def test_resuming_a_finished_run_changes_nothing_and_another_run_is_refused(clea
 def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, tiny_base_folder, data_files, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    arguments = command(method, tiny_base_folder, data_files)
+    exact = ["--dtype", "float32"]  # so that another order of summing is all that may differ
+    arguments = command(method, tiny_base_folder, data_files, *exact)
     run(*arguments, "--accumulation_steps", 2, cwd=one)
     script, *flags = map(str, arguments)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -139,10 +142,52 @@ def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, 
     if method != "projection_head":
         whole = tmp_path / "whole"
         whole.mkdir()
-        run(*command(method, tiny_base_folder, data_files, "--batch_size", 8), cwd=whole)
+        run(*arguments, "--batch_size", 8, cwd=whole)
         expected, found = load_file(artifact(method, one)), load_file(artifact(method, whole))
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_near_the_eager_one(tiny_base_folder, data_files, tmp_path):
+    ends = []
+    for choice in ("0", "yes"):
+        folder = tmp_path / choice
+        folder.mkdir()
+        flags = ["--dtype", "float32", "--epochs", 1, "--rank_eval_steps", 0, "--use_compile", choice]
+        result = run(*command("lora", tiny_base_folder, data_files, *flags), cwd=folder)
+        assert ("compiling" in result.stdout) == (choice == "yes")
+        ends.append(load_file(artifact("lora", folder)))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, atol=1e-4, rtol=1e-2)
+
+
+def test_auto_compiles_only_a_run_that_is_long_enough(capsys):
+    class Arguments:
+        use_compile, epochs, device = "auto", 10, "cpu"
+
+    compiled = []
+    blocks = torch.nn.Linear(1000, 5000, bias=False)  # five million parameters
+    blocks.compile = lambda: compiled.append(True)
+    compile_blocks(Arguments, blocks, [100] * 5600)  # AG News: 1.1e14 operations
+    assert not compiled and not capsys.readouterr().out
+    compile_blocks(Arguments, blocks, [1000] * 5600)
+    assert compiled and "compiling" in capsys.readouterr().out
+    Arguments.use_compile = "no"
+    compile_blocks(Arguments, blocks, [1000] * 5600)
+    assert len(compiled) == 1
+    Arguments.use_compile, Arguments.device = "auto", "cuda:0"
+    compile_blocks(Arguments, blocks, [1000] * 5600)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    "can, expected", [([], "float32"), (["avx512_bf16"], "bfloat16"), (["amx_bf16"], "bfloat16")]
+)
+def test_auto_takes_bfloat16_where_the_cpu_multiplies_it(can, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **dict.fromkeys(can, True)})
+    assert compute_dtype("auto", "cpu") == getattr(torch, expected)
+    assert compute_dtype("float32", "cpu") == torch.float32 and compute_dtype("bfloat16", "cpu") == torch.bfloat16
 
 
 def test_without_room_for_its_cache_the_head_ends_in_the_same_bits(clean_runs, tiny_base_folder, data_files, tmp_path):

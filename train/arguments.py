@@ -55,6 +55,14 @@ def share(text: str) -> float:
     return value
 
 
+def yes_no_auto(text: str) -> str:
+    """An argparse type: yes, no or auto; MiniMind's own 1 and 0 are yes and no."""
+    value = {"1": "yes", "0": "no"}.get(text, text)
+    if value not in ("yes", "no", "auto"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of yes, no, auto")
+    return value
+
+
 def build_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose help opens with the script's docstring and ends each flag with its default."""
 
@@ -101,7 +109,9 @@ def add_training_arguments(
     loop.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
     loop.add_argument("--patience", type=positive_int, default=4, help="epochs without a better score before the end")
     loop.add_argument("--seed", type=int, default=42)
-    loop.add_argument("--use_compile", default="0", choices=("0", "1"), help="torch.compile the blocks")
+    loop.add_argument(
+        "--use_compile", type=yes_no_auto, default="auto", help="torch.compile the blocks: yes (1), no (0), or auto"
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--save_dir", type=Path, default=Path(save_dir), help="folder of the artifact")

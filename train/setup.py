@@ -1,6 +1,7 @@
 """What every train script does before and after its own part: open the base, build the prompt, write the artifact."""
 
 import hashlib
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +25,9 @@ from model.model_minimind import MiniMindForCausalLM
 from train import distributed
 from train.resume import Progress
 
+# Operations of a training run: about two hours at a CPU's 140 GFLOP/s; for a GPU the same time is a guess.
+COMPILE_PAYS_ABOVE = {"cpu": 1e15, "cuda": 1e17}
+
 
 def open_base(args, weight: str, rows: Sequence[Row]) -> tuple[MiniMindForCausalLM, object]:
     """The base and its tokenizer, after a check on a few rows that the two belong together.
@@ -38,6 +42,22 @@ def open_base(args, weight: str, rows: Sequence[Row]) -> tuple[MiniMindForCausal
     if not args.allow_mismatch:
         check_pairing(model, tokenizer, [row.text for row in rows])
     return model, tokenizer
+
+
+def compile_blocks(args, blocks: torch.nn.Module, lengths: Sequence[int]) -> None:
+    """Compile the base's blocks in place if `--use_compile` says so, or says auto and the run is long enough for it.
+
+    Measured on a CPU (tests/benchmarks/RESULTS.md): a step gets a seventh shorter, after minutes of compiling for each
+    kind of batch. So auto counts the run's operations, about four a parameter and token, and not the clock: the same
+    run decides the same everywhere.
+    """
+    tokens = args.epochs * sum(lengths)
+    operations = 4 * sum(p.numel() for p in blocks.parameters()) * tokens
+    pays = operations > COMPILE_PAYS_ABOVE.get(args.device.partition(":")[0], math.inf)
+    if args.use_compile == "yes" or (args.use_compile == "auto" and pays):
+        blocks.compile()
+        if distributed.is_main():
+            print("compiling: the first steps take minutes; a resumed run ends close to, not in, the same bits")
 
 
 def open_prompt(args, tokenizer, rows: Sequence[Row]) -> Prompt:
@@ -76,7 +96,11 @@ def describe(
 
 def identity_of(description: Description, val_rows: Sequence[Row], args) -> dict:
     """What a checkpoint of this run must agree with."""
-    return {**asdict(description), "val_rows": rows_fingerprint(val_rows), "dtype": args.dtype}
+    return {
+        **asdict(description),
+        "val_rows": rows_fingerprint(val_rows),
+        "dtype": str(compute_dtype(args.dtype, args.device)),
+    }
 
 
 def save_run(args, model: torch.nn.Module, path: Path, description: Description, progress: Progress) -> None:

@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         count = sum(p.numel() for p in trained_tensors(model).values())
         formula = adapter_parameter_count(model, args.middle_features)
         print(f"{count:,} trained parameters = 2 L (2 H m + H + m) = {formula:,}")
-    if args.use_compile == "1":
-        model.model.compile()
+    setup.compile_blocks(args, model.model, task.lengths)
 
     # 5. Fit
     settings = {"middle_features": args.middle_features}

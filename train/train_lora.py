@@ -85,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     rank_map = choose_rank_map(args, model, task, targets)
     arguments.seed_initialisation(args.seed)
     apply_lora(model, rank_map, args.alpha)
-    if args.use_compile == "1":
-        model.model.compile()
+    setup.compile_blocks(args, model.model, task.lengths)
 
     # 5. Fit
     settings = {"rank_map": rank_map, "alpha": args.alpha}

@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     model = PromptTuningModel(base, start)
     prompt = with_virtual_tokens(plain_prompt, args.num_virtual_tokens)
     task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
-    if args.use_compile == "1":
-        base.model.compile()
+    setup.compile_blocks(args, base.model, task.lengths)
 
     # 5. Fit
     settings = {"num_virtual_tokens": args.num_virtual_tokens, "prompt_init": args.prompt_init}
