@@ -141,18 +141,22 @@ def inverse_frequencies(config: MiniMindConfig, device: torch.device) -> torch.T
     return frequencies * (1 - ramp + ramp / factor)
 
 
-def rotary_embedding(config: MiniMindConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for positions (B, T), each (B, 1, T, D) in float32 (https://arxiv.org/abs/2104.09864)."""
+def rotary_embedding(
+    config: MiniMindConfig, position_ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for positions (B, T), each (B, 1, T, D) in `dtype` (https://arxiv.org/abs/2104.09864).
+
+    The sine's first half is negated, as `rotate` needs it.
+    """
     angles = position_ids[:, None, :, None].float() * inverse_frequencies(config, position_ids.device)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn queries or keys (B, heads, T, D) by their positions, in the rotate-half layout."""
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,7 +335,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=x.device)[None]
         mask = self._attention_mask(attention_mask, length, past, x.device)
-        rotary = rotary_embedding(self.config, position_ids)
+        rotary = rotary_embedding(self.config, position_ids, x.dtype)
 
         hidden_states, attentions = [], []
         for layer in self.layers:

@@ -11,8 +11,8 @@ from dataset.classification_dataset import (
     collate,
     encode,
     load_splits,
-    scoring_batches,
     stratified_split,
+    token_batches,
     training_steps,
 )
 from dataset.prompts import build_prompt, choose_template, encode_plain, with_virtual_tokens
@@ -155,9 +155,11 @@ def test_steps_cover_every_row_once_and_follow_from_seed_and_epoch():
     assert steps == training_steps(lengths, 16, seed=1, epoch=2) != training_steps(lengths, 16, seed=1, epoch=3)
     padded = sum(len(step) * max(lengths[i] for i in step) for step in steps)
     assert padded < 1.15 * sum(lengths)
-    batches = scoring_batches(lengths, 2000)
+    batches = token_batches(lengths, 2000)
     assert sorted(i for batch in batches for i in batch) == list(range(1003))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 2000 for b in batches)
+    some = token_batches(lengths, 2000, rows=[7, 3, 900])
+    assert sorted(i for batch in some for i in batch) == [3, 7, 900]
 
 
 def test_virtual_tokens_take_nothing_from_the_text(tokenizer):

@@ -148,6 +148,19 @@ def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, 
             torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_a_batch_in_parts_ends_where_the_whole_does(method, tiny_base_folder, data_files, tmp_path):
+    ends = []
+    for tokens in (4096, 200):
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        flags = ["--dtype", "float32", "--batch_size", 8, "--tokens_per_forward", tokens]
+        run(*command(method, tiny_base_folder, data_files, *flags), cwd=folder)
+        ends.append(load_file(artifact(method, folder)))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_ends_near_the_eager_one(tiny_base_folder, data_files, tmp_path):
     ends = []
@@ -181,9 +194,7 @@ def test_auto_compiles_only_a_run_that_is_long_enough(capsys):
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize(
-    "can, expected", [([], "float32"), (["avx512_bf16"], "bfloat16"), (["amx_bf16"], "bfloat16")]
-)
+@pytest.mark.parametrize("can, expected", [([], "float32"), (["avx512_bf16"], "bfloat16"), (["amx_bf16"], "bfloat16")])
 def test_auto_takes_bfloat16_where_the_cpu_multiplies_it(can, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **dict.fromkeys(can, True)})
     assert compute_dtype("auto", "cpu") == getattr(torch, expected)

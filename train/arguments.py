@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.classification_dataset import BUNDLED_DATA
+from dataset.classification_dataset import BUNDLED_DATA, TOKENS_PER_FORWARD
 from dataset.rows import DataError
 from model.checkpoint import CheckpointError
 from train import distributed
@@ -102,6 +102,12 @@ def add_training_arguments(
     loop = parser.add_argument_group("training")
     loop.add_argument("--epochs", type=positive_int, default=epochs, help="most passes over the rows")
     loop.add_argument("--batch_size", type=positive_int, default=16, help="texts a forward and process")
+    loop.add_argument(
+        "--tokens_per_forward",
+        type=positive_int,
+        default=TOKENS_PER_FORWARD,
+        help="longer texts of a batch are taken in parts of so many tokens, to the same sum; raise it on a GPU",
+    )
     loop.add_argument("--accumulation_steps", type=positive_int, default=1, help="forwards an optimizer step")
     loop.add_argument("--learning_rate", type=float, default=learning_rate, help="peak, after warm-up")
     loop.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")

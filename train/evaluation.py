@@ -14,7 +14,7 @@ import torch
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from dataset.baselines import majority_predictions, tfidf_predictions
-from dataset.classification_dataset import collate, encode, scoring_batches
+from dataset.classification_dataset import collate, encode, token_batches
 from dataset.prompts import Prompt
 from dataset.rows import Row
 from model.label_scoring import greedy_answers
@@ -56,7 +56,7 @@ class Classifier:
         examples = encode(rows, self.prompt, need_labels=False)
         answers = [""] * len(rows)
         longest = max(map(len, self.prompt.label_ids)) + 4
-        for indices in scoring_batches([len(example.ids) for example in examples]):
+        for indices in token_batches([len(example.ids) for example in examples]):
             batch = collate([examples[index] for index in indices], self.prompt, self.device, with_answers=False)
             tokens = greedy_answers(self.model, batch, self.prompt.tokenizer.eos_token_id, longest)
             for index, ids in zip(indices, tokens, strict=True):

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import f1_score
 from tqdm import tqdm
 
-from dataset.classification_dataset import Example, collate, scoring_batches
+from dataset.classification_dataset import Example, collate, token_batches
 from dataset.prompts import Prompt
 from model.label_scoring import label_log_probabilities
 from train import distributed
@@ -42,7 +42,7 @@ def score_indices(
     lengths = [len(examples[index].ids) for index in mine]
     scores = torch.zeros(len(examples), num_labels)
     bar = tqdm(total=len(mine), unit="text", disable=not progress_bar or not distributed.is_main(), leave=False)
-    for positions in scoring_batches(lengths):
+    for positions in token_batches(lengths):
         indices = [mine[position] for position in positions]
         scores[indices] = scores_of(indices).float().cpu()
         bar.update(len(indices))

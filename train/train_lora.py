@@ -11,11 +11,11 @@ learning curve (PNG).
 
 import json
 import sys
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset.classification_dataset import load_splits, training_steps
+from dataset.classification_dataset import load_splits, token_batches, training_steps
 from model.artifact import write_atomically
 from model.model_lora import ALL_TARGETS, ATTENTION_TARGETS, apply_lora, target_layers, uniform_rank_map
 from model.rank_selection import mean_gradients, plot_spectra, rank_report, read_rank_map, select_ranks
@@ -58,7 +58,8 @@ def choose_rank_map(args, model, task: LanguageTask, targets) -> dict[str, int]:
     if args.rank_eval_steps <= 0:
         return uniform_rank_map(model, args.rank, targets)
     steps = islice(training_steps(task.lengths, args.batch_size, args.seed, epoch=0), args.rank_eval_steps)
-    gradients = mean_gradients(model, target_layers(model, targets), map(task.batch, steps), task.loss)
+    parts = chain.from_iterable(token_batches(task.lengths, args.tokens_per_forward, rows) for rows in steps)
+    gradients = mean_gradients(model, target_layers(model, targets), map(task.batch, parts), task.loss)
     spectra = select_ranks(gradients, args.svd_tau, args.svd_k, args.svd_q, args.seed)
     if distributed.is_main():
         print(rank_report(spectra, model, args.svd_tau, args.rank))

@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 
-from dataset.classification_dataset import encode, training_steps
+from dataset.classification_dataset import encode, token_batches, training_steps
 from dataset.prompts import text_only_prompt, with_virtual_tokens
 from dataset.rows import Row
 from model.artifact import trained_tensors
@@ -36,9 +37,8 @@ def with_method(method: str, dtype: torch.dtype = torch.float32):
     return model, prompt
 
 
-def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One backward and one step, as every contender does them."""
-    loss.backward()
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """One step from the gradients that are there, as every contender does it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
@@ -54,8 +54,10 @@ def training(method: str, rows: list[Row], dtype: torch.dtype) -> Callable[[], f
     def run() -> float:
         model.train()
         for indices in training_steps(task.lengths, BATCH_SIZE, seed=0, epoch=0):
-            loss, targets = task.loss(task.batch(indices))
-            update(optimizer, loss / targets)
+            for part in token_batches(task.lengths, rows=indices):
+                loss, _ = task.loss(task.batch(part))
+                loss.backward()
+            update(optimizer)
         return len(rows)
 
     return run
@@ -75,7 +77,8 @@ def head_training(rows: list[Row], epochs: int, dtype: torch.dtype) -> Callable[
             for indices in training_steps(lengths, BATCH_SIZE, seed=0, epoch=epoch):
                 batch = texts.batch(indices)
                 logits = model.forward_cached(batch.text_cache, batch.lengths)
-                update(optimizer, F.cross_entropy(logits, batch.labels))
+                F.cross_entropy(logits, batch.labels).backward()
+                update(optimizer)
         return len(rows) * epochs
 
     return run
@@ -100,7 +103,8 @@ def gradients(rows: list[Row], dtype: torch.dtype) -> Callable[[], float]:
 
     def run() -> float:
         steps = training_steps(task.lengths, BATCH_SIZE, seed=0, epoch=0)
-        mean_gradients(model, target_layers(model), map(task.batch, steps), task.loss)
+        parts = chain.from_iterable(token_batches(task.lengths, rows=indices) for indices in steps)
+        mean_gradients(model, target_layers(model), map(task.batch, parts), task.loss)
         return len(steps)
 
     return run

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.baselines import tfidf_predictions
-from dataset.classification_dataset import collate, encode, scoring_batches
+from dataset.classification_dataset import collate, encode, token_batches
 from dataset.prompts import build_prompt, choose_template, labels_of, text_only_prompt
 from dataset.rows import Row, read_rows
 from model.artifact import read_artifact
@@ -77,7 +77,7 @@ def mean_hidden_states(model, prompt, rows: list[Row]) -> torch.Tensor:
     prompt = text_only_prompt(prompt)
     examples = encode(rows, prompt)
     means = torch.zeros(len(rows), model.config.hidden_size)
-    for indices in scoring_batches([len(example.ids) for example in examples]):
+    for indices in token_batches([len(example.ids) for example in examples]):
         batch = collate([examples[index] for index in indices], prompt, "cpu", with_answers=False)
         hidden = model.model(input_ids=batch.input_ids).last_hidden_state  # (B, T, H)
         real = torch.arange(hidden.shape[1]) < batch.lengths[:, None]

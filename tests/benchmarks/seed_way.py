@@ -41,7 +41,8 @@ def training(method: str, rows: list[Row]) -> Callable[[], float]:
         for start in range(0, len(rows), BATCH_SIZE):
             ids, targets = padded(prompt, rows[start : start + BATCH_SIZE])
             logits = model(ids).logits
-            update(optimizer, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()))
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).backward()
+            update(optimizer)
         return len(rows)
 
     return run
@@ -58,7 +59,8 @@ def head_training(rows: list[Row]) -> Callable[[], float]:
             ids, _ = padded(prompt, part, with_answers=False)
             lengths = torch.tensor([min(len(prompt.prompt_ids(row)), PADDED) for row in part])
             labels = torch.tensor([prompt.label_index(row) for row in part])
-            update(optimizer, F.cross_entropy(model(ids, lengths), labels))
+            F.cross_entropy(model(ids, lengths), labels).backward()
+            update(optimizer)
         return len(rows)
 
     return run

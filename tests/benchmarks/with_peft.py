@@ -13,7 +13,7 @@ import torch
 from peft import EvaConfig, LoraConfig, PromptTuningConfig, TaskType, get_peft_model, initialize_lora_eva_weights
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from dataset.classification_dataset import scoring_batches, training_steps
+from dataset.classification_dataset import token_batches, training_steps
 from dataset.prompts import Prompt, text_only_prompt
 from dataset.rows import Row
 from tests.benchmarks.ours import update
@@ -67,7 +67,8 @@ def trainer(model, inputs: list[dict], texts: int, dtype: str) -> Callable[[], f
         for batch in inputs:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
                 loss = model(**batch).loss
-            update(optimizer, loss)
+            loss.backward()
+            update(optimizer)
         return texts
 
     return run
@@ -97,7 +98,7 @@ def generating(rows: list[Row], dtype: str) -> Callable[[], float]:
     longest = max(map(len, prompt.label_ids))
     questions = [prompt.prompt_ids(row) for row in rows]
     inputs = []
-    for indices in scoring_batches([len(question) for question in questions]):
+    for indices in token_batches([len(question) for question in questions]):
         part = [questions[index] for index in indices]
         width = max(map(len, part))
         ids = torch.tensor([[0] * (width - len(question)) + question for question in part])
