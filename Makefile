@@ -12,9 +12,9 @@ demo: .venv/installed
 
 # All four methods on the bundled data, side by side.
 methods: .venv/installed
-	$(IN_VENV)/python train/train_lora.py --val_path dataset/sample_news/val.jsonl --epochs 6
-	$(IN_VENV)/python train/train_adapter.py --val_path dataset/sample_news/val.jsonl --epochs 6
-	$(IN_VENV)/python train/train_prompt_tuning.py --val_path dataset/sample_news/val.jsonl --epochs 6
+	$(IN_VENV)/python train/train_lora.py --val_path dataset/sample_news/val.jsonl
+	$(IN_VENV)/python train/train_adapter.py --val_path dataset/sample_news/val.jsonl
+	$(IN_VENV)/python train/train_prompt_tuning.py --val_path dataset/sample_news/val.jsonl
 	$(IN_VENV)/python train/train_projection_head.py --val_path dataset/sample_news/val.jsonl
 	$(IN_VENV)/python eval_llm_metrics.py --compare
 

@@ -54,6 +54,12 @@ def step_operations(base: MiniMindForCausalLM, prompt: Prompt, rows: list[Row]) 
     return 4 * (everywhere + at_answers) - 2 * tokens * first_qkv + attention
 
 
+def peak_resident_memory() -> int:
+    """Bytes of this process at its highest point; `getrusage` would begin with what its parent had (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def machine() -> dict:
     """Processor, its features that matter here, cores, threads, versions."""
     facts = torch.cpu.get_capabilities()

@@ -10,7 +10,6 @@ Ours runs in the type that the scripts' `--dtype auto` takes here (`--dtype` giv
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def measure(names: list[str], rounds: int, dtype: torch.dtype) -> dict[str, list
 def peak_memory(name: str, args: argparse.Namespace) -> float:
     """GiB of resident memory at the highest point of a process of its own that runs one contender once."""
     command = [sys.executable, __file__, "--memory_of", name, "--threads", str(args.threads), "--dtype", args.dtype]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 2**20
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 2**30
 
 
 def fastest(rate: dict[str, float], beginning: str) -> str:
@@ -155,7 +154,7 @@ def main() -> None:
     dtype = compute_dtype(args.dtype, "cpu")
     if args.memory_of:
         contenders(dtype, seed_texts=LONG_TEXTS)[args.memory_of]()()  # every one with the same batch
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
+        print(machine.peak_resident_memory())
         return
     started = time.perf_counter()
     names = [name for name in contenders(dtype) if name.startswith(args.only)]

@@ -1,8 +1,8 @@
 """Hugging Face PEFT at its best over `LlamaForCausalLM` with the same weights.
 
 Batches of similar length, padded to their longest row and made before the clock starts, each text with its whole prompt
-(PEFT shares no prefix). The type is an argument, and the fastest one counts: "float32", "autocast" (float32 weights
-under bfloat16 autocast) or "bfloat16" (the frozen weights stored so, too).
+(PEFT shares no prefix), taken in parts of as many tokens as ours. The type is an argument, and the fastest one counts:
+"float32", "autocast" (float32 weights under bfloat16 autocast) or "bfloat16" (the frozen weights stored so, too).
 """
 
 import contextlib
@@ -33,14 +33,14 @@ def llama(kind=LlamaForCausalLM, **more):
     return model
 
 
-def batches(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> list[dict]:
-    """Inputs for transformers, rows of similar length together."""
+def batches(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> list[list[dict]]:
+    """Inputs for transformers, rows of similar length together: for every step its parts."""
     sequences = [
         (prompt.prompt_ids(row), prompt.label_ids[prompt.label_index(row)] if with_answers else (), row) for row in rows
     ]
     lengths = [len(question) + len(answer) for question, answer, _ in sequences]
-    found = []
-    for indices in training_steps(lengths, BATCH_SIZE, seed=0, epoch=0):
+
+    def batch(indices: list[int]) -> dict:
         width = max(lengths[index] for index in indices)
         ids = torch.zeros(len(indices), width, dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -50,8 +50,10 @@ def batches(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> list[
             mask[place, : lengths[index]] = 1
             labels[place, len(question) : lengths[index]] = torch.tensor(answer, dtype=torch.long)
         classes = torch.tensor([prompt.label_index(sequences[index][2]) for index in indices])
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels if with_answers else classes})
-    return found
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels if with_answers else classes}
+
+    steps = training_steps(lengths, BATCH_SIZE, seed=0, epoch=0)
+    return [[batch(part) for part in token_batches(lengths, rows=step)] for step in steps]
 
 
 def in_type(model, dtype: str):
@@ -59,15 +61,16 @@ def in_type(model, dtype: str):
     return model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
 
-def trainer(model, inputs: list[dict], texts: int, dtype: str) -> Callable[[], float]:
+def trainer(model, steps: list[list[dict]], texts: int, dtype: str) -> Callable[[], float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def run() -> float:
         model.train()
-        for batch in inputs:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
-                loss = model(**batch).loss
-            loss.backward()
+        for parts in steps:
+            for batch in parts:
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
+                    loss = model(**batch).loss
+                loss.backward()
             update(optimizer)
         return texts
 
@@ -88,8 +91,8 @@ def head_training(rows: list[Row], dtype: str) -> Callable[[], float]:
     """One epoch of PEFT's sequence classification on the text alone: LoRA and a linear head on the last token."""
     model = in_type(llama(LlamaForSequenceClassification, num_labels=len(LABELS)), dtype)
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=RANK, target_modules=TARGETS)
-    inputs = batches(text_only_prompt(new_prompt()), rows, with_answers=False)
-    return trainer(get_peft_model(model, config), inputs, len(rows), dtype)
+    steps = batches(text_only_prompt(new_prompt()), rows, with_answers=False)
+    return trainer(get_peft_model(model, config), steps, len(rows), dtype)
 
 
 def generating(rows: list[Row], dtype: str) -> Callable[[], float]:
@@ -132,7 +135,7 @@ def eva(rows: list[Row], dtype: str) -> Callable[[], float]:
     EVA goes around its batches until every component stands still, which the activations of random weights delay
     for minutes: one pass over the batches, the least that it can do, is what counts.
     """
-    inputs = batches(new_prompt(), rows)
+    inputs = [batch for parts in batches(new_prompt(), rows) for batch in parts]
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=RANK,
