@@ -89,7 +89,12 @@ def add_base_arguments(parser: argparse.ArgumentParser, weight_flag: str) -> Non
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, save_dir: str, save_name: str, epochs: int, learning_rate: float
+    parser: argparse.ArgumentParser,
+    save_dir: str,
+    save_name: str,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 16,
 ) -> None:
     """All that the training loop reads; the arguments are a method's own defaults."""
     data = parser.add_argument_group("data")
@@ -101,7 +106,7 @@ def add_training_arguments(
 
     loop = parser.add_argument_group("training")
     loop.add_argument("--epochs", type=positive_int, default=epochs, help="most passes over the rows")
-    loop.add_argument("--batch_size", type=positive_int, default=16, help="texts a forward and process")
+    loop.add_argument("--batch_size", type=positive_int, default=batch_size, help="texts a forward and process")
     loop.add_argument(
         "--tokens_per_forward",
         type=positive_int,
