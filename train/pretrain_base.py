@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoint and log")
     parser.add_argument("--epochs", type=int, default=6, help="passes for which tasks are drawn (default 6)")
-    parser.add_argument("--tokens", type=float, default=60e6, help="tokens to train on (default 60e6)")
+    parser.add_argument("--tokens", type=float, default=60e6, help="to train on, at most all epochs (default 60e6)")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_hidden_layers", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=12800)
@@ -181,6 +181,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"resumed at step {state['step']}, {state['tokens']:,} tokens, {state['seconds'] / 60:.1f} minutes")
     all_tokens = sum(len(sequence.ids) for epoch in epochs for sequence in epoch)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {all_tokens:,} tokens in {args.epochs} epochs")
+    last_token = min(args.tokens, all_tokens)
 
     blocks, loss_of_chunk = model.model, chunk_loss
     if args.use_compile:
@@ -189,17 +190,17 @@ def train(args: argparse.Namespace) -> None:
     def loss_of(ids, weights):
         return summed_loss(blocks, loss_of_chunk, model.lm_head.weight, ids, weights, args)
 
-    bar = tqdm(total=int(args.tokens), initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
+    bar = tqdm(total=int(last_token), initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
     progress = 0.0
     while state["epoch"] < args.epochs and progress < 1:
-        progress = state["tokens"] / args.tokens
+        progress = state["tokens"] / last_token
         length = args.seq_len * (2 if progress > 0.75 else 1)
         ids, weights = corpus.pack(epochs[state["epoch"]], length, seed=args.seed + state["epoch"])
         per_step, per_micro = args.tokens_per_step // length, args.tokens_per_micro_batch // length
         # Windows are counted in tokens, so that a change of length continues at the same place of the epoch.
         for first in range(state["window"] // length, len(ids) - per_step + 1, per_step):
             begin = time.perf_counter()
-            progress = state["tokens"] / args.tokens
+            progress = state["tokens"] / last_token
             if progress >= 1 or (progress > 0.75 and length == args.seq_len):
                 break
             step_ids, step_weights = ids[first : first + per_step], weights[first : first + per_step]

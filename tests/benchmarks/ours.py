@@ -18,7 +18,7 @@ from model.model_lora import apply_lora, target_layers, uniform_rank_map
 from model.model_projection_head import ClsTunedModel
 from model.model_prompt_tuning import PromptTuningModel, initial_virtual_tokens
 from model.rank_selection import mean_gradients, select_ranks
-from tests.benchmarks.shape import BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
+from tests.benchmarks.shape import BATCH_SIZE, HEAD_BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
 from train.language_task import LanguageTask
 from train.scoring import language_scorer, score_examples
 from train.text_cache import TextCache
@@ -74,7 +74,7 @@ def head_training(rows: list[Row], epochs: int, dtype: torch.dtype) -> Callable[
         model.train()
         texts = TextCache(model, examples, 4.0, "cpu")
         for epoch in range(epochs):
-            for indices in training_steps(lengths, BATCH_SIZE, seed=0, epoch=epoch):
+            for indices in training_steps(lengths, HEAD_BATCH_SIZE, seed=0, epoch=epoch):
                 batch = texts.batch(indices)
                 logits = model.forward_cached(batch.text_cache, batch.lengths)
                 F.cross_entropy(logits, batch.labels).backward()

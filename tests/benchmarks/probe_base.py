@@ -93,7 +93,7 @@ def lora_accuracy(base: Path, rows: list[Row], test: list[Row], seed: int, max_s
         data.write_text("\n".join(lines) + "\n")
         common = ["--from_weight", base, "--data_path", data, "--seed", seed, "--max_seq_len", max_seq_len]
         places = ["--save_dir", folder, "--checkpoint_dir", f"{folder}/resume", "--save_interval", 10**9]
-        train_lora.main([str(value) for value in [*common, *places, "--dtype", "float32", *flags]])
+        train_lora.main([str(value) for value in [*common, *places, *flags]])
         path = next(Path(folder).glob("lora_classifier_*.safetensors"))
         tensors, description = read_artifact(path)
     model, tokenizer = load_minimind(base, dtype=torch.float32), load_tokenizer(base)

@@ -10,6 +10,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 LABELS = ["business", "entertainment", "politics", "sport", "tech"]
 MAX_SEQ_LEN = 1100
 BATCH_SIZE = 16
+HEAD_BATCH_SIZE = 32  # the default of train_projection_head.py
 RANK = 8
 VIRTUAL_TOKENS = 20
 

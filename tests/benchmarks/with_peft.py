@@ -17,7 +17,7 @@ from dataset.classification_dataset import token_batches, training_steps
 from dataset.prompts import Prompt, text_only_prompt
 from dataset.rows import Row
 from tests.benchmarks.ours import update
-from tests.benchmarks.shape import BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
+from tests.benchmarks.shape import BATCH_SIZE, HEAD_BATCH_SIZE, LABELS, RANK, VIRTUAL_TOKENS, new_base, new_prompt
 from tests.conftest import llama_config
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -33,7 +33,9 @@ def llama(kind=LlamaForCausalLM, **more):
     return model
 
 
-def batches(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> list[list[dict]]:
+def batches(
+    prompt: Prompt, rows: list[Row], with_answers: bool = True, batch_size: int = BATCH_SIZE
+) -> list[list[dict]]:
     """Inputs for transformers, rows of similar length together: for every step its parts."""
     sequences = [
         (prompt.prompt_ids(row), prompt.label_ids[prompt.label_index(row)] if with_answers else (), row) for row in rows
@@ -52,7 +54,7 @@ def batches(prompt: Prompt, rows: list[Row], with_answers: bool = True) -> list[
         classes = torch.tensor([prompt.label_index(sequences[index][2]) for index in indices])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels if with_answers else classes}
 
-    steps = training_steps(lengths, BATCH_SIZE, seed=0, epoch=0)
+    steps = training_steps(lengths, batch_size, seed=0, epoch=0)
     return [[batch(part) for part in token_batches(lengths, rows=step)] for step in steps]
 
 
@@ -91,7 +93,7 @@ def head_training(rows: list[Row], dtype: str) -> Callable[[], float]:
     """One epoch of PEFT's sequence classification on the text alone: LoRA and a linear head on the last token."""
     model = in_type(llama(LlamaForSequenceClassification, num_labels=len(LABELS)), dtype)
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=RANK, target_modules=TARGETS)
-    steps = batches(text_only_prompt(new_prompt()), rows, with_answers=False)
+    steps = batches(text_only_prompt(new_prompt()), rows, with_answers=False, batch_size=HEAD_BATCH_SIZE)
     return trainer(get_peft_model(model, config), steps, len(rows), dtype)
 
 

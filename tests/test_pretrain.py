@@ -1,0 +1,52 @@
+"""Pre-training: its loss is the plain one, and a small run from a corpus writes a base that loads."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.checkpoint import load_minimind, load_tokenizer
+from tests.conftest import run
+from train.pretrain_base import ChunkedCrossEntropy, chunk_loss, learning_rate_factor
+
+
+@pytest.mark.parametrize("positions", [3, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.CHUNK + 1])
+def test_cross_entropy_in_chunks_equals_the_plain_one(positions):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(positions, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    targets, weights = torch.randint(20, (positions,)), torch.rand(positions)
+    found = 2 * ChunkedCrossEntropy.apply(hidden, head, targets, weights, chunk_loss)
+    expected = 2 * (F.cross_entropy(hidden @ head.t(), targets, reduction="none") * weights).sum()
+    torch.testing.assert_close(found, expected)
+    pairs = zip(torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True)
+    for mine, plain in pairs:
+        torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays():
+    factors = [learning_rate_factor(share) for share in (0, 0.005, 0.5, 0.7, 0.85, 1)]
+    assert factors[0] < 0.02 and factors[2] == factors[3] == 1 and 0.4 < factors[4] < 0.6 and factors[5] < 0.01
+
+
+def test_a_run_that_is_stopped_goes_on_and_writes_a_base(tmp_path):
+    words = ["market", "river", "engine", "senate", "violin", "planet", "harvest"]
+    lines = [
+        json.dumps({"book": "psychology", "text": "# Part\n" + " ".join(words[(i + j) % 7] for j in range(60))})
+        for i in range(120)
+    ]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+
+    def command(tokens):
+        shape = ["--hidden_size", 32, "--num_hidden_layers", 1, "--vocab_size", 300, "--seq_len", 32, "--tasks", 4]
+        steps = ["--tokens", tokens, "--tokens_per_step", 256, "--tokens_per_micro_batch", 128, "--use_compile", 0]
+        places = ["--corpus", "corpus.jsonl", "--output_dir", "base", "--work_dir", "work", "--device", "cpu"]
+        return ["train/pretrain_base.py", *places, *shape, *steps, "--epochs", 2]
+
+    first = run(*command(4000), cwd=tmp_path)
+    assert "resumed" not in first.stdout and "validation loss" in first.stdout
+    second = run(*command(8000), cwd=tmp_path)
+    assert "resumed at step 16" in second.stdout
+    model, tokenizer = load_minimind(tmp_path / "base"), load_tokenizer(tmp_path / "base")
+    assert model.config.vocab_size == len(tokenizer) and model.config.hidden_size == 32
+    assert next(model.parameters()).dtype == torch.bfloat16
