@@ -43,6 +43,7 @@ def test_a_run_that_is_stopped_goes_on_and_writes_a_base(tmp_path):
         places = ["--corpus", "corpus.jsonl", "--output_dir", "base", "--work_dir", "work", "--device", "cpu"]
         return ["train/pretrain_base.py", *places, *shape, *steps, "--epochs", 2]
 
+    assert "too few for one window" in run(*command(4000), "--seq_len", 512, cwd=tmp_path, check=False).stderr
     first = run(*command(4000), cwd=tmp_path)
     assert "resumed" not in first.stdout and "validation loss" in first.stdout
     second = run(*command(8000), cwd=tmp_path)

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataset.rows import DataError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from train import pretrain_corpus as corpus
+from train.arguments import run_script
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -97,7 +99,14 @@ def prepare(args: argparse.Namespace):
     language = corpus.language_sequences(training, tokenizer)
     tasks = corpus.label_reading_sequences(training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed)
     epochs = [language + tasks[epoch :: args.epochs] for epoch in range(args.epochs)]
-    return tokenizer, epochs, corpus.language_sequences(held_out, tokenizer)
+    held_out = corpus.language_sequences(held_out, tokenizer)
+    held_out_tokens = sum(len(sequence.ids) for sequence in held_out)
+    if held_out_tokens <= args.seq_len:
+        raise DataError(
+            f"{args.corpus}: the held-out documents (one in a hundred) have {held_out_tokens} tokens, "
+            f"too few for one window of --seq_len {args.seq_len}"
+        )
+    return tokenizer, epochs, held_out
 
 
 def build_model(args: argparse.Namespace, tokenizer, sequences) -> MiniMindForCausalLM:
@@ -152,7 +161,8 @@ def summed_loss(blocks, loss_of_chunk, head_weight, ids, weights, args) -> torch
 def validation_loss(loss_of, held_out, args) -> float:
     ids, weights = corpus.pack(held_out, args.seq_len, seed=0)
     rows = args.tokens_per_micro_batch // args.seq_len
-    ids, weights = ids[: len(ids) // rows * rows], weights[: len(ids) // rows * rows]
+    if len(ids) > rows:  # whole micro-batches only: another shape would be compiled anew
+        ids, weights = ids[: len(ids) // rows * rows], weights[: len(weights) // rows * rows]
     total = sum(float(loss_of(i, w)) for i, w in zip(ids.split(rows), weights.split(rows), strict=True))
     return total / float(weights[:, 1:].sum())
 
@@ -166,7 +176,8 @@ def save_checkpoint(path: Path, model, optimizers, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def train(args: argparse.Namespace) -> None:
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     tokenizer, epochs, held_out = prepare(args)
     model = build_model(args, tokenizer, epochs[0])
     optimizers = build_optimizers(model, args)
@@ -246,4 +257,4 @@ def export(model: MiniMindForCausalLM, tokenizer, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(parse_arguments())
+    run_script(main)
