@@ -19,7 +19,7 @@ IGNORED = -100  # a position that is not to be predicted
 BUNDLED_DATA = Path(__file__).resolve().parent / "sample_news"
 
 
-# So many tokens of a small model's activations stay in a CPU's cache and are allocated without a page fault.
+# The fastest of the sizes measured on a CPU (tests/benchmarks/RESULTS.md).
 TOKENS_PER_FORWARD = 4096
 
 

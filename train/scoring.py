@@ -39,11 +39,10 @@ def score_indices(
 ) -> torch.Tensor:
     """(N, C) float32 from `scores_of(indices) -> (B, C)`; each row is scored once, by one of the processes."""
     mine = range(distributed.rank(), len(examples), distributed.world_size())
-    lengths = [len(examples[index].ids) for index in mine]
+    lengths = [len(example.ids) for example in examples]
     scores = torch.zeros(len(examples), num_labels)
     bar = tqdm(total=len(mine), unit="text", disable=not progress_bar or not distributed.is_main(), leave=False)
-    for positions in token_batches(lengths):
-        indices = [mine[position] for position in positions]
+    for indices in token_batches(lengths, rows=mine):
         scores[indices] = scores_of(indices).float().cpu()
         bar.update(len(indices))
     bar.close()

@@ -25,7 +25,7 @@ from model.model_minimind import MiniMindForCausalLM
 from train import distributed
 from train.resume import Progress
 
-# Operations of a training run: about two hours at a CPU's 140 GFLOP/s; for a GPU the same time is a guess.
+# Operations of a training run: about an hour and a half at the 200 GFLOP/s of a measured CPU; a GPU's is a guess.
 COMPILE_PAYS_ABOVE = {"cpu": 1e15, "cuda": 1e17}
 
 
