@@ -156,7 +156,8 @@ def rotary_embedding(
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn queries or keys (B, heads, T, D) by their positions, in the rotate-half layout."""
     cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    # Under autocast the rotary factors are float32; what is turned keeps its own type.
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
