@@ -24,6 +24,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from model.attention_kernels import attention, attention_with_weights, causal_mask
+from model.feed_forward import FeedForward, MoEFeedForward
+from model.rotary import rotary_embedding, rotate
 
 GENERATIONS = ("minimind2", "minimind3")
 
@@ -120,46 +122,6 @@ class RMSNorm(nn.Module):
         return self.weight * normed.type_as(x)
 
 
-def inverse_frequencies(config: MiniMindConfig, device: torch.device) -> torch.Tensor:
-    """Rotary frequencies (D/2,), stretched by YaRN (https://arxiv.org/abs/2309.00071) when the config asks for it.
-
-    Dimensions that turn fast keep their frequency, slow ones are divided by the factor, a linear ramp lies between.
-    """
-    half = config.head_dim // 2
-    index = torch.arange(half, dtype=torch.float32, device=device)
-    frequencies = 1.0 / config.rope_theta ** (index * 2 / config.head_dim)
-    original_length, factor, beta_fast, beta_slow = 2048, 16.0, 32.0, 1.0
-    if not config.inference_rope_scaling or config.max_position_embeddings <= original_length:
-        return frequencies
-
-    def dimension_turning(times: float) -> float:  # the dimension that turns so often over the original length
-        return half * math.log(original_length / (times * 2 * math.pi)) / math.log(config.rope_theta)
-
-    low = max(math.floor(dimension_turning(beta_fast)), 0)
-    high = min(math.ceil(dimension_turning(beta_slow)), half - 1)
-    ramp = torch.clamp((index - low) / max(high - low, 0.001), 0, 1)
-    return frequencies * (1 - ramp + ramp / factor)
-
-
-def rotary_embedding(
-    config: MiniMindConfig, position_ids: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for positions (B, T), each (B, 1, T, D) in `dtype` (https://arxiv.org/abs/2104.09864).
-
-    The sine's first half is negated, as `rotate` needs it.
-    """
-    angles = position_ids[:, None, :, None].float() * inverse_frequencies(config, position_ids.device)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn queries or keys (B, heads, T, D) by their positions, in the rotate-half layout."""
-    cos, sin = rotary
-    # Under autocast the rotary factors are float32; what is turned keeps its own type.
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
-
-
 def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions of a bool mask (B, T), in order: (B, A) for the fullest row, and which of them are real (B, A)."""
     counts = mask.sum(1)
@@ -209,61 +171,6 @@ class Attention(nn.Module):
         else:
             mixed, weights = attention(query, key, value, mask), None
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights  # (B, T, H)
-
-
-class FeedForward(nn.Module):
-    """Gated feed-forward with SiLU (SwiGLU, https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class MoEFeedForward(nn.Module):
-    """Each token goes through its top experts, weighted by a softmax gate, and through every shared one.
-
-    In training `aux_loss` holds the balance loss: MiniMind2 takes the load of each sequence and averages
-    (https://arxiv.org/abs/2401.06066), MiniMind-3 takes the load of the whole batch (https://arxiv.org/abs/2101.03961).
-    """
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.coefficient = config.router_aux_loss_coef
-        self.balance_each_sequence = config.generation == "minimind2"
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_experts))
-        if config.num_shared_experts:
-            self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_shared_experts))
-        self.aux_loss = torch.zeros(())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = self.gate(x).softmax(dim=-1)  # (B, T, E)
-        weights, chosen = scores.topk(self.top_k, dim=-1)  # (B, T, top_k)
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        output = torch.zeros_like(x)
-        for index, expert in enumerate(self.experts):
-            row, position, slot = torch.where(chosen == index)
-            routed = expert(x[row, position]) * weights[row, position, slot, None].type_as(x)
-            output = output.index_put((row, position), routed, accumulate=True)
-        for expert in getattr(self, "shared_experts", ()):
-            output = output + expert(x)
-        self.aux_loss = self.balance_loss(scores, chosen) if self.training else x.new_zeros(())
-        return output
-
-    def balance_loss(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        experts = scores.shape[-1]
-        picked = F.one_hot(chosen, experts).to(scores.dtype).mean(dim=2)  # (B, T, E), sums to 1 a token
-        if self.balance_each_sequence:
-            load, share = picked.mean(dim=1), scores.mean(dim=1)  # (B, E)
-            return (load * share).sum(dim=-1).mean() * experts * self.coefficient
-        load, share = picked.mean(dim=(0, 1)), scores.mean(dim=(0, 1))  # (E,)
-        return (load * share).sum() * experts * self.coefficient
 
 
 class MiniMindBlock(nn.Module):

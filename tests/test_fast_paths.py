@@ -90,6 +90,21 @@ def test_attention_in_blocks_of_queries_equals_the_formula(length, past, masked,
         torch.testing.assert_close(gradient.float() / scale, plain / scale, atol=tolerance, rtol=0)
 
 
+@torch.no_grad()
+def test_autocast_reaches_the_attention(monkeypatch):
+    seen = []
+
+    def attention_seen(query, key, value, mask):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return attention(query, key, value, mask)
+
+    monkeypatch.setattr("model.model_minimind.attention", attention_seen)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDS % 64)
+    assert seen == [{torch.bfloat16}] * 2
+
+
 @pytest.mark.parametrize("method", SPEAKING)
 @pytest.mark.parametrize("max_seq_len", [120, 400])
 def test_a_shared_prefix_equals_one_for_each_row(method, max_seq_len, tiny_base, tokenizer, rows):

@@ -16,9 +16,10 @@ VIRTUAL_TOKENS = 20
 
 
 def new_base() -> MiniMindForCausalLM:
-    """Hidden 512, 8 layers, 8 heads, 2 key/value heads, feed-forward 1408, vocabulary 6,400; the same each time."""
+    """Hidden 512, 8 layers, 8 heads, 2 key/value heads, feed-forward 1408, the tokenizer's vocabulary; the same each time."""
     torch.manual_seed(0)
-    return MiniMindForCausalLM(MiniMindConfig(hidden_size=512, num_hidden_layers=8)).eval()
+    vocab_size = len(load_tokenizer(BUNDLED_BASE))
+    return MiniMindForCausalLM(MiniMindConfig(hidden_size=512, num_hidden_layers=8, vocab_size=vocab_size)).eval()
 
 
 def new_prompt() -> Prompt:
