@@ -1,4 +1,4 @@
-"""What all contenders share: the 26 M MiniMind2 shape with random weights, its tokenizer, the prompt."""
+"""What all contenders share: the blocks of the 26 M MiniMind2 with random weights, the bundled tokenizer, the prompt."""
 
 import torch
 
@@ -16,7 +16,7 @@ VIRTUAL_TOKENS = 20
 
 
 def new_base() -> MiniMindForCausalLM:
-    """Hidden 512, 8 layers, 8 heads, 2 key/value heads, feed-forward 1408, the tokenizer's vocabulary; the same each time."""
+    """Hidden 512, 8 layers, 8 heads, 2 key/value heads, feed-forward 1408; the same weights each time."""
     torch.manual_seed(0)
     vocab_size = len(load_tokenizer(BUNDLED_BASE))
     return MiniMindForCausalLM(MiniMindConfig(hidden_size=512, num_hidden_layers=8, vocab_size=vocab_size)).eval()
