@@ -1,4 +1,4 @@
-"""What all contenders share: the blocks of the 26 M MiniMind2 with random weights, the bundled tokenizer, the prompt."""
+"""What all contenders share: the blocks of the 26 M MiniMind2, weights at random, the bundled tokenizer, the prompt."""
 
 import torch
 
