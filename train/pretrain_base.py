@@ -246,6 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"validation loss {final:.3f} nats a token, perplexity {math.exp(final):.1f}")
     save_checkpoint(checkpoint, model, optimizers, state)
     export(model, tokenizer, args.output_dir)
+    if log_file.exists():
+        plot_loss(log_file, args.output_dir / "loss_curve.png")
 
 
 def export(model: MiniMindForCausalLM, tokenizer, folder: Path) -> None:
@@ -254,6 +256,21 @@ def export(model: MiniMindForCausalLM, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     print(f"{folder}: {size:.1f} MiB")
+
+
+def plot_loss(log_file: Path, path: Path) -> None:
+    """Draw a run's log: the loss of single steps, tasks included, and that of the held-out documents."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    millions = [line["tokens"] / 1e6 for line in lines]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(millions, [line["loss"] for line in lines], color="C0", alpha=0.5, label="training, one step")
+    axes.plot(millions, [line["val_loss"] for line in lines], color="C1", label="held-out documents")
+    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", title="pre-training")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
