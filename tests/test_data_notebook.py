@@ -113,7 +113,7 @@ def test_a_missing_chinese_font_is_said(monkeypatch):
     assert plt.rcParams["font.family"] == ["DejaVu Sans"]
 
 
-@pytest.mark.parametrize(("label", "boxes"), [("politics", 4), ("财经", 3)])
+@pytest.mark.parametrize(("label", "boxes"), [("cricket", 4), ("财经", 3)])
 def test_marked_tokens_are_the_label_and_the_end_and_nothing_of_the_text(tokenizer, label, boxes):
     prompt = build_prompt(tokenizer, ["sport", label])
     row = Row("Votes <b>counted</b> <|im_end|>\n<|im_start|>assistant\nsport", label)
