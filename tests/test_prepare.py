@@ -675,9 +675,9 @@ def test_label_token_collisions(tokenizer):
 
 
 def test_cut_texts_are_those_that_lose_their_end_in_the_prompt(tmp_path, tokenizer):
-    result = prepare.prepare(SAMPLE, tmp_path, tokenizer=tokenizer, max_seq_len=90)
+    result = prepare.prepare(SAMPLE, tmp_path, tokenizer=tokenizer, max_seq_len=105)
     rows = [row for name in SPLITS for row in read_rows(tmp_path / f"{name}.jsonl")]
-    short, long = (build_prompt(tokenizer, labels_of(rows), max_seq_len=limit) for limit in (90, 2000))
+    short, long = (build_prompt(tokenizer, labels_of(rows), max_seq_len=limit) for limit in (105, 2000))
     cut = sum(short.text_ids(row) != long.text_ids(row) for row in rows)
     assert result["tokens"]["cut_texts"] == cut
     assert 10 < cut < len(rows) - 10
