@@ -1,18 +1,19 @@
 """What follows attention in a block: a gated feed-forward, or a mixture of such experts.
 
-Shapes: B batch, T positions, H hidden size, E experts. `config` is a `MiniMindConfig`.
+Shapes: B batch, T positions, H hidden size, E experts.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
+
+from model.config import MiniMindConfig
 
 
 class FeedForward(nn.Module):
     """Gated feed-forward with SiLU (SwiGLU, https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -29,7 +30,7 @@ class MoEFeedForward(nn.Module):
     (https://arxiv.org/abs/2401.06066), MiniMind-3 takes the load of the whole batch (https://arxiv.org/abs/2101.03961).
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.coefficient = config.router_aux_loss_coef

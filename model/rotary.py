@@ -1,15 +1,16 @@
 """Rotary position embedding, with YaRN for texts longer than those that a model was trained on.
 
-Shapes: B batch, T positions, D head size. `config` is a `MiniMindConfig`.
+Shapes: B batch, T positions, D head size.
 """
 
 import math
 
 import torch
-from transformers import PreTrainedConfig
+
+from model.config import MiniMindConfig
 
 
-def inverse_frequencies(config: PreTrainedConfig, device: torch.device) -> torch.Tensor:
+def inverse_frequencies(config: MiniMindConfig, device: torch.device) -> torch.Tensor:
     """Rotary frequencies (D/2,), stretched by YaRN (https://arxiv.org/abs/2309.00071) when the config asks for it.
 
     Dimensions that turn fast keep their frequency, slow ones are divided by the factor, a linear ramp lies between.
@@ -31,7 +32,7 @@ def inverse_frequencies(config: PreTrainedConfig, device: torch.device) -> torch
 
 
 def rotary_embedding(
-    config: PreTrainedConfig, position_ids: torch.Tensor, dtype: torch.dtype
+    config: MiniMindConfig, position_ids: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine for positions (B, T), each (B, 1, T, D) in `dtype` (https://arxiv.org/abs/2104.09864).
 

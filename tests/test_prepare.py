@@ -701,15 +701,16 @@ def test_planted_leaks_are_found():
 
 def test_warnings_name_what_is_wrong(tokenizer):
     pairs = invented_texts(200)
-    pairs += [(f"A rare text about {n} singers.", "technology") for n in range(2)]
+    pairs += [(f"A rare text about {n} matches.", "sports") for n in range(2)]
     splits = split_documents(documents_of(pairs))
     splits["test"].append(splits["train"][0])
     found = "\n".join(report.data_report(splits, tokenizer, max_seq_len=60)["warnings"])
     for expected in (
-        "'technology' does not occur in val and test",
-        "'technology' has only 2 training rows",
+        "'sports' does not occur in val and test",
+        "'sports' has only 2 training rows",
         "read macro-F1",
-        "'tech' and 'technology' look like two spellings",
+        "'sport' and 'sports' look like two spellings",
+        "begin with the same token",
         "1 times two splits share a row (same text)",
         "of 203 texts are longer than",
     ):

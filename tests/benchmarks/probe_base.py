@@ -4,8 +4,9 @@
 
 For every number of rows in `--rows` and every one of `--seeds` samples, stratified training rows are drawn, LoRA is
 trained on them by `train/train_lora.py` (flags behind `--` go there as they stand), and the test rows are scored.
-Beside it stand, on the very same rows, TF-IDF with logistic regression and logistic regression on the frozen base's
-mean hidden state. Prints a table of means and writes every run to `--report` (JSON lines, appended as they come).
+Beside it stand, on the very same rows, TF-IDF with logistic regression over words and over the base's tokens, and
+logistic regression on the frozen base's last hidden states, their mean and the last position's. Prints a table of means
+and writes every run to `--report` (JSON lines, appended as they come).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -46,6 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--rows", type=int, nargs="*", default=[100, 700, 5600], help="training rows, all at most")
     parser.add_argument("--seeds", type=int, default=3, help="samples of each size")
     parser.add_argument("--max_seq_len", type=int, default=256, help="tokens of prompt and label")
+    parser.add_argument("--without_lora", action="store_true", help="only what needs no training")
     parser.add_argument("--report", type=Path, default=Path("out/probe.jsonl"))
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
@@ -71,18 +74,27 @@ def label_accuracy(model, prompt, rows: list[Row]) -> float:
     return accuracy([prompt.labels[index] for index in scores.argmax(-1).tolist()], rows)
 
 
+def token_tfidf_accuracy(tokenizer, sample: list[Row], test: list[Row]) -> float:
+    """`tfidf_predictions` with the base's tokens in the place of words: what the tokenizer alone leaves to be found."""
+    features = TfidfVectorizer(sublinear_tf=True, analyzer=lambda row: tokenizer.tokenize(f"{row.title}\n{row.text}"))
+    linear = make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+    linear.fit(sample, [row.label for row in sample])
+    return accuracy(list(linear.predict(test)), test)
+
+
 @torch.inference_mode()
-def mean_hidden_states(model, prompt, rows: list[Row]) -> torch.Tensor:
-    """(N, H): the last hidden states of a text alone, averaged over its tokens."""
+def hidden_states(model, prompt, rows: list[Row]) -> dict[str, torch.Tensor]:
+    """The last hidden states of a text alone, averaged over its tokens and at its last one, each (N, H)."""
     prompt = text_only_prompt(prompt)
     examples = encode(rows, prompt)
-    means = torch.zeros(len(rows), model.config.hidden_size)
+    mean, last = torch.zeros(2, len(rows), model.config.hidden_size)
     for indices in token_batches([len(example.ids) for example in examples]):
         batch = collate([examples[index] for index in indices], prompt, "cpu", with_answers=False)
         hidden = model.model(input_ids=batch.input_ids).last_hidden_state  # (B, T, H)
         real = torch.arange(hidden.shape[1]) < batch.lengths[:, None]
-        means[indices] = (hidden * real[..., None]).sum(1) / batch.lengths[:, None]
-    return means
+        mean[indices] = (hidden * real[..., None]).sum(1) / batch.lengths[:, None]
+        last[indices] = hidden[torch.arange(len(indices)), batch.lengths - 1]
+    return {"mean hidden state": mean, "last position": last}
 
 
 def lora_accuracy(base: Path, rows: list[Row], test: list[Row], seed: int, max_seq_len: int, flags: list[str]) -> float:
@@ -117,15 +129,18 @@ def main() -> None:
         print(f"{what}, {count} rows, seed {seed}: {value:.3f}", flush=True)
 
     note("zero-shot", 0, 0, label_accuracy(model, prompt, test))
-    test_states = mean_hidden_states(model, prompt, test)
+    test_states = hidden_states(model, prompt, test)
     for count in args.rows:
         for seed in range(args.seeds):
             sample = stratified_sample(train, count, seed)
             note("TF-IDF", count, seed, accuracy(tfidf_predictions(sample, test), test))
-            linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000))
-            linear.fit(mean_hidden_states(model, prompt, sample), [row.label for row in sample])
-            note("mean hidden state", count, seed, accuracy(list(linear.predict(test_states)), test))
-            note("LoRA", count, seed, lora_accuracy(args.base, sample, test, seed, args.max_seq_len, flags))
+            note("TF-IDF of tokens", count, seed, token_tfidf_accuracy(tokenizer, sample, test))
+            for what, states in hidden_states(model, prompt, sample).items():
+                linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000))
+                linear.fit(states, [row.label for row in sample])
+                note(what, count, seed, accuracy(list(linear.predict(test_states[what])), test))
+            if not args.without_lora:
+                note("LoRA", count, seed, lora_accuracy(args.base, sample, test, seed, args.max_seq_len, flags))
 
     print(f"\n{'':<20} {'rows':>6} {'mean':>7} {'lowest':>7} {'highest':>8}")
     for (what, count), values in table.items():
