@@ -158,10 +158,9 @@ def plot_spectra(spectra: list[LayerSpectrum], tau: float, path: Path) -> None:
     for position, kind in enumerate(kinds):
         ranks = [s.rank for s in spectra if s.name.endswith(kind)]
         places = [layer + (position - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for layer in range(len(ranks))]
-        bars.bar(places, ranks, width=0.8 / len(kinds), color=colours[kind], label=kind)
+        bars.bar(places, ranks, width=0.8 / len(kinds), color=colours[kind])
     bars.set(xlabel="layer", ylabel="LoRA rank", title="Chosen ranks")
     bars.set_xticks(range(sum(s.name.endswith(kinds[0]) for s in spectra)))
-    bars.legend(ncols=len(kinds))
     drawn = set()
     for s in spectra:
         kind = s.name.rpartition(".")[2]
@@ -173,7 +172,7 @@ def plot_spectra(spectra: list[LayerSpectrum], tau: float, path: Path) -> None:
     curves.axhline(tau, color="black", linestyle="--", linewidth=1, label=f"tau = {tau}")
     curves.set(xlabel="singular values kept", ylabel="share of the gradient's energy", ylim=(0, 1.02))
     curves.set_title("Energy of the gradients, a line a layer")
-    curves.legend(loc="lower right")
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) + 1)
     figure.savefig(path, dpi=120)
 
 
