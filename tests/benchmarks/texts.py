@@ -7,7 +7,7 @@ from dataset.rows import Row, read_rows
 
 
 def short_rows(count: int) -> list[Row]:
-    """News items of 15 to 55 words from the bundled data; about 75 tokens with the title."""
+    """News items of 15 to 55 words from the bundled data; about 70 tokens with the title."""
     rng, rows = random.Random(0), read_rows(BUNDLED_DATA / "train.jsonl")
     return [
         Row(" ".join(row.text.split()[: rng.randint(15, 55)]), row.label, row.title, row.source)
@@ -16,7 +16,7 @@ def short_rows(count: int) -> list[Row]:
 
 
 def long_rows(count: int) -> list[Row]:
-    """Articles of about 300 to 1,000 tokens: 3 to 9 bundled items in a row."""
+    """Articles of about 280 to 920 tokens: 3 to 9 bundled items in a row."""
     rng, rows = random.Random(1), read_rows(BUNDLED_DATA / "train.jsonl")
     articles = []
     for _ in range(count):
