@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset.rows import DataError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from train import label_reading
 from train import pretrain_corpus as corpus
 from train.arguments import run_script
 
@@ -81,8 +82,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens_per_micro_batch", type=int, default=4096)
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices (default 0.02)")
     parser.add_argument("--adamw_lr", type=float, default=2e-3, help="of embeddings and norms (default 2e-3)")
-    parser.add_argument("--tasks", type=int, default=15000, help="label-reading tasks an epoch; 0 leaves them out")
-    parser.add_argument("--answer_weight", type=float, default=4.0, help="loss weight of a task's answer tokens")
+    parser.add_argument("--tasks", type=int, default=40000, help="label-reading tasks an epoch; 0 leaves them out")
+    parser.add_argument("--task_kinds", nargs="+", default=label_reading.KINDS, choices=label_reading.KINDS)
+    parser.add_argument("--answer_weight", type=float, default=8.0, help="loss weight of a task's answer tokens")
     parser.add_argument("--corpus_embeddings", type=int, default=1, choices=(0, 1), help="start from co-occurrences")
     parser.add_argument("--use_compile", type=int, default=1, choices=(0, 1))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products")
@@ -97,7 +99,9 @@ def prepare(args: argparse.Namespace):
     tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
     held_out, training = documents[::100], [d for i, d in enumerate(documents) if i % 100]
     language = corpus.language_sequences(training, tokenizer)
-    tasks = corpus.label_reading_sequences(training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed)
+    tasks = label_reading.label_reading_sequences(
+        training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed, args.task_kinds
+    )
     epochs = [language + tasks[epoch :: args.epochs] for epoch in range(args.epochs)]
     held_out = corpus.language_sequences(held_out, tokenizer)
     held_out_tokens = sum(len(sequence.ids) for sequence in held_out)

@@ -1,14 +1,12 @@
-"""What `pretrain_base.py` trains on, all from one corpus: tokenizer, token streams, label-reading tasks, embeddings.
+"""What `pretrain_base.py` trains on, all from one corpus: tokenizer, token streams, packed windows, embeddings.
 
 The corpus is JSONL (or .jsonl.xz / .jsonl.gz), one document `{"book": ..., "text": ...}` a line; every line of `text`
 is a paragraph, and a line that begins with `# ` is the heading of what follows.
 """
 
-import collections
 import gzip
 import json
 import lzma
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,39 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.prompts import build_prompt
-from dataset.rows import DataError, Row
+from dataset.rows import DataError
 
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as MiniMind has them
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Words for what a book is about, for the label-reading tasks; books that are not named here give heading tasks only.
-SUBJECTS = {
-    "american-government": ["politics", "government", "elections", "Congress"],
-    "anatomy-physiology": ["anatomy", "medicine", "health", "biology"],
-    "astronomy": ["astronomy", "space", "science"],
-    "business-ethics": ["business ethics", "business", "ethics"],
-    "business-law": ["law", "business law", "courts"],
-    "college-physics-bundle": ["physics", "science", "mechanics"],
-    "college-success-bundle": ["study skills", "college", "education"],
-    "entrepreneurship": ["entrepreneurship", "business", "start-ups"],
-    "introduction-anthropology": ["anthropology", "culture", "peoples of the world"],
-    "introduction-business": ["business", "companies", "management"],
-    "introduction-intellectual-property": ["patents", "intellectual property", "law"],
-    "introduction-philosophy": ["philosophy", "ideas", "ethics"],
-    "introduction-political-science": ["politics", "political science", "government"],
-    "introduction-sociology": ["sociology", "society"],
-    "principles-economics-bundle": ["economics", "economy", "markets"],
-    "principles-finance": ["finance", "business", "investing"],
-    "principles-marketing": ["marketing", "business", "advertising"],
-    "psychology": ["psychology", "mind", "health"],
-    "us-history": ["American history", "history"],
-    "workplace-software-skills": ["software", "technology", "tech", "computers"],
-    "world-history": ["world history", "history", "world"],
-    "writing-guide": ["writing", "literature", "language"],
-}
 
 
 @dataclass(frozen=True)
@@ -111,77 +83,6 @@ def language_sequences(documents: list[dict], tokenizer) -> list[Sequence]:
         ids = [*tokenizer.encode(document["text"], add_special_tokens=False), tokenizer.pad_token_id]
         sequences.append(Sequence(np.array(ids, np.uint16), np.ones(len(ids), np.float16)))
     return sequences
-
-
-def label_reading_sequences(
-    documents: list[dict], tokenizer, count: int, answer_weight: float, seed: int
-) -> list[Sequence]:
-    """`count` classification tasks in the template that fine-tuning uses, made from headings and subjects.
-
-    Half ask which of 2 to 8 section headings a paragraph stands under, half which of 2 to 10 subjects it is about.
-    The label list is context only; the text weighs 1 and the answer `answer_weight` a token.
-    """
-    rng = random.Random(seed)
-    paragraphs = _paragraphs(documents)
-    by_book = collections.defaultdict(list)
-    for book, heading, _ in paragraphs:
-        by_book[book].append(heading)
-    books_with_subject = [p for p in paragraphs if p[0] in SUBJECTS]
-    sequences = []
-    for _ in tqdm(range(count), desc="label-reading tasks", unit="task"):
-        by_subject = books_with_subject and rng.random() < 0.5
-        book, heading, text = rng.choice(books_with_subject if by_subject else paragraphs)
-        if by_subject:
-            answer, labels = _subject_labels(book, rng)
-        else:
-            answer, labels = heading, _heading_labels(book, heading, by_book, rng)
-        recase = rng.choice([str, str, str.lower, str.title, str.capitalize])
-        answer, labels = recase(answer), [recase(label) for label in labels]
-        if len(set(labels)) < len(labels):
-            continue
-        prompt = build_prompt(tokenizer, labels, "en", max_seq_len=512)
-        text_ids = prompt.text_ids(Row(text, None))[:200]
-        answer_ids = prompt.label_ids[labels.index(answer)]
-        ids = [*prompt.prefix_ids, *text_ids, *prompt.suffix_ids, *answer_ids]
-        weights = np.zeros(len(ids), np.float16)
-        weights[len(prompt.prefix_ids) : len(prompt.prefix_ids) + len(text_ids)] = 1
-        weights[-len(answer_ids) :] = answer_weight
-        sequences.append(Sequence(np.array(ids, np.uint16), weights))
-    return sequences
-
-
-def _paragraphs(documents: list[dict]) -> list[tuple[str, str, str]]:
-    """(book, heading, paragraph) for paragraphs of 25 words and more under a heading that is no stock phrase."""
-    found = []
-    for document in documents:
-        heading = ""
-        for line in document["text"].split("\n"):
-            if line.startswith("# "):
-                heading = line[2:].strip()
-            elif heading and 3 <= len(heading) <= 60 and len(line.split()) >= 25:
-                found.append((document["book"], heading, line))
-    documents_with = collections.Counter(heading for _, heading in {(book, heading) for book, heading, _ in found})
-    return [item for item in found if documents_with[item[1]] <= 2]
-
-
-def _subject_labels(book: str, rng: random.Random) -> tuple[str, list[str]]:
-    answer = rng.choice(SUBJECTS[book])
-    # A word that also fits this book would be a second right answer.
-    others = sorted({word for words in SUBJECTS.values() for word in words} - set(SUBJECTS[book]))
-    labels = [answer, *rng.sample(others, rng.randint(1, 9))]
-    rng.shuffle(labels)
-    return answer, labels
-
-
-def _heading_labels(book: str, heading: str, by_book: dict, rng: random.Random) -> list[str]:
-    labels = {heading}
-    for _ in range(rng.randint(1, 7)):
-        labels.add(rng.choice(by_book[book if rng.random() < 0.4 else rng.choice(sorted(by_book))]))
-    if len(labels) == 1:
-        labels.add("Other topics")
-    labels = sorted(labels)
-    rng.shuffle(labels)
-    return labels
 
 
 def pack(sequences: list[Sequence], length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
