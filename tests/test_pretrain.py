@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from model.checkpoint import load_minimind, load_tokenizer
 from tests.conftest import run
 from train.pretrain_base import ChunkedCrossEntropy, chunk_loss, learning_rate_factor
+from train.pretrain_corpus import Sequence, pack
 
 
 @pytest.mark.parametrize("positions", [3, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.CHUNK + 1])
@@ -27,6 +29,24 @@ def test_cross_entropy_in_chunks_equals_the_plain_one(positions):
 def test_the_learning_rate_warms_up_stays_and_decays():
     factors = [learning_rate_factor(share) for share in (0, 0.005, 0.5, 0.7, 0.85, 1)]
     assert factors[0] < 0.02 and factors[2] == factors[3] == 1 and 0.4 < factors[4] < 0.6 and factors[5] < 0.01
+
+
+def test_windows_hold_whole_tasks_and_all_of_the_language_in_order():
+    language = [Sequence(np.arange(100, 400, dtype=np.uint16), np.ones(300, np.float16))]
+    lengths = [5, 9, 14, 7, 30, 11, 4, 8]  # of tasks of one token each, repeated; 30 is longer than a window
+    tasks = [Sequence(np.full(n, i, np.uint16), np.full(n, 3, np.float16)) for i, n in enumerate(lengths)]
+    ids, weights = pack(language, tasks, length=19, seed=0)
+    assert ids.shape == weights.shape and ids.shape[1] == 20
+    of_tasks = ids < 100
+    assert torch.equal(weights == 3, of_tasks)
+    for index, length in enumerate(lengths):
+        windows = (ids == index).sum(1)
+        assert windows[windows > 0].tolist() == ([length] if length <= 20 else [])  # whole, in one window
+    for window in of_tasks:
+        assert (window.int().diff() <= 0).all()  # language comes behind
+    assert of_tasks.any(1).sum() >= 5  # spread
+    assert ids[~of_tasks].tolist() == list(range(100, 100 + int((~of_tasks).sum()))) and (~of_tasks).sum() > 280
+    assert not torch.equal(pack(language, tasks, length=19, seed=1)[0], ids)
 
 
 def test_a_run_that_is_stopped_goes_on_and_writes_a_base(tmp_path):

@@ -105,7 +105,13 @@ def add_training_arguments(
     data.add_argument("--num_workers", type=int, default=0, help="accepted for MiniMind's sake; rows are encoded once")
 
     loop = parser.add_argument_group("training")
-    loop.add_argument("--epochs", type=positive_int, default=epochs, help="most passes over the rows")
+    loop.add_argument("--epochs", type=positive_int, default=epochs, help="most epochs; each ends with a validation")
+    loop.add_argument(
+        "--min_epoch_steps",
+        type=positive_int,
+        default=24,
+        help="few rows are passed over again until an epoch has so many updates; 1: one pass",
+    )
     loop.add_argument("--batch_size", type=positive_int, default=batch_size, help="texts a forward and process")
     loop.add_argument(
         "--tokens_per_forward",

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,6 +44,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), ChunkedCrossEntropy.CHUNK):
             chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
             losses, grad_logits = chunk_loss(hidden[chunk] @ head.t(), targets[chunk], token_weights[chunk])
+            # Of the softmax's gradient, probability less one at the target, the one is still to be taken off.
+            rows = torch.arange(len(losses), device=hidden.device)
+            grad_logits[rows, targets[chunk]] -= token_weights[chunk].to(head.dtype)
             total += losses.sum()
             torch.mm(grad_logits, head, out=grad_hidden[chunk])
             grad_weight += grad_logits.t() @ hidden[chunk]
@@ -58,11 +60,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(logits, targets, token_weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted float32 losses (P,) of logits (P, V), and their gradient for the logits, in the type of the logits."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    losses = -log_p.gather(1, targets[:, None])[:, 0] * token_weights
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    return losses, ((log_p.exp() - is_target.float()) * token_weights[:, None]).to(logits.dtype)
+    """Of logits (P, V): weighted float32 losses (P,), and probabilities times weight in the type of the logits (P, V).
+
+    One exponential a logit: taking them again, as softmax behind log-softmax does, costs more than the products.
+    """
+    largest = logits.amax(-1, keepdim=True).float()
+    exponentials = (logits.float() - largest).exp().to(logits.dtype)
+    total = exponentials.float().sum(-1, keepdim=True)
+    losses = (total.log() + largest - logits.gather(1, targets[:, None]).float())[:, 0] * token_weights
+    return losses, (exponentials.float() * (token_weights[:, None] / total)).to(logits.dtype)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace):
-    """Tokenizer, training sequences of every epoch, and held-out language sequences (one document in a hundred)."""
+    """Tokenizer, language and label-reading tasks to train on, and held-out language (one document in a hundred)."""
     documents = corpus.read_corpus(args.corpus)
     tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
     held_out, training = documents[::100], [d for i, d in enumerate(documents) if i % 100]
@@ -102,7 +108,6 @@ def prepare(args: argparse.Namespace):
     tasks = label_reading.label_reading_sequences(
         training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed, args.task_kinds
     )
-    epochs = [language + tasks[epoch :: args.epochs] for epoch in range(args.epochs)]
     held_out = corpus.language_sequences(held_out, tokenizer)
     held_out_tokens = sum(len(sequence.ids) for sequence in held_out)
     if held_out_tokens <= args.seq_len:
@@ -110,7 +115,7 @@ def prepare(args: argparse.Namespace):
             f"{args.corpus}: the held-out documents (one in a hundred) have {held_out_tokens} tokens, "
             f"too few for one window of --seq_len {args.seq_len}"
         )
-    return tokenizer, epochs, held_out
+    return tokenizer, language, tasks, held_out
 
 
 def build_model(args: argparse.Namespace, tokenizer, sequences) -> MiniMindForCausalLM:
@@ -163,7 +168,7 @@ def summed_loss(blocks, loss_of_chunk, head_weight, ids, weights, args) -> torch
 
 @torch.no_grad()
 def validation_loss(loss_of, held_out, args) -> float:
-    ids, weights = corpus.pack(held_out, args.seq_len, seed=0)
+    ids, weights = corpus.pack(held_out, [], args.seq_len, seed=0)
     rows = args.tokens_per_micro_batch // args.seq_len
     if len(ids) > rows:  # whole micro-batches only: another shape would be compiled anew
         ids, weights = ids[: len(ids) // rows * rows], weights[: len(weights) // rows * rows]
@@ -182,8 +187,8 @@ def save_checkpoint(path: Path, model, optimizers, state: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    tokenizer, epochs, held_out = prepare(args)
-    model = build_model(args, tokenizer, epochs[0])
+    tokenizer, language, tasks, held_out = prepare(args)
+    model = build_model(args, tokenizer, language)
     optimizers = build_optimizers(model, args)
     checkpoint, log_file = args.work_dir / "checkpoint.pt", args.work_dir / "log.jsonl"
     state = {"epoch": 0, "window": 0, "tokens": 0, "seconds": 0.0, "step": 0}
@@ -194,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.load_state_dict(optimizer_state)
         state = saved["state"]
         print(f"resumed at step {state['step']}, {state['tokens']:,} tokens, {state['seconds'] / 60:.1f} minutes")
-    all_tokens = sum(len(sequence.ids) for epoch in epochs for sequence in epoch)
+    all_tokens = args.epochs * sum(len(s.ids) for s in language) + sum(len(s.ids) for s in tasks)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {all_tokens:,} tokens in {args.epochs} epochs")
     last_token = min(args.tokens, all_tokens)
 
@@ -210,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     while state["epoch"] < args.epochs and progress < 1:
         progress = state["tokens"] / last_token
         length = args.seq_len * (2 if progress > 0.75 else 1)
-        ids, weights = corpus.pack(epochs[state["epoch"]], length, seed=args.seed + state["epoch"])
+        epoch_tasks = tasks[state["epoch"] :: args.epochs]
+        ids, weights = corpus.pack(language, epoch_tasks, length, seed=args.seed + state["epoch"])
         per_step, per_micro = args.tokens_per_step // length, args.tokens_per_micro_batch // length
         # Windows are counted in tokens, so that a change of length continues at the same place of the epoch.
         for first in range(state["window"] // length, len(ids) - per_step + 1, per_step):

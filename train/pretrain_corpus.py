@@ -85,14 +85,35 @@ def language_sequences(documents: list[dict], tokenizer) -> list[Sequence]:
     return sequences
 
 
-def pack(sequences: list[Sequence], length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shuffle the sequences, lay them end to end and cut windows: ids (W, length + 1), weights (W, length + 1)."""
-    order = np.random.default_rng(seed).permutation(len(sequences))
-    ids = np.concatenate([sequences[i].ids for i in order])
-    weights = np.concatenate([sequences[i].weights for i in order])
-    windows = (len(ids) - 1) // length
-    rows = np.arange(windows)[:, None] * length + np.arange(length + 1)
-    return torch.from_numpy(ids.astype(np.int32))[rows], torch.from_numpy(weights.astype(np.float32))[rows]
+def pack(language: list[Sequence], tasks: list[Sequence], length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of `length` predictions: ids and weights (W, length + 1).
+
+    Language is shuffled by document, laid end to end and cut wherever a window is full. Tasks are spread evenly and
+    never cut (an answer whose label list stands in another window can only be guessed): a window opens with those that
+    fall to it, and language fills the rest. Tasks longer than a window are left out, and what remains at the end.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(language))
+    stream = Sequence(*(np.concatenate([getattr(language[i], part) for i in order]) for part in ("ids", "weights")))
+    waiting = [tasks[i] for i in rng.permutation(len(tasks)) if len(tasks[i].ids) <= length + 1]
+    all_windows = (len(stream.ids) + sum(len(task.ids) for task in waiting)) / (length + 1)
+    windows, used_language, used_tasks = [], 0, 0
+    while True:
+        window, room = [], length + 1
+        due = len(waiting) * (len(windows) + 1) / all_windows
+        while used_tasks < due - 0.5 and used_tasks < len(waiting) and len(waiting[used_tasks].ids) <= room:
+            window.append(waiting[used_tasks])
+            room -= len(waiting[used_tasks].ids)
+            used_tasks += 1
+        rest = slice(used_language, used_language + room)
+        if rest.stop > len(stream.ids):
+            break
+        used_language = rest.stop
+        window.append(Sequence(stream.ids[rest], stream.weights[rest]))
+        windows.append(window)
+    ids = np.array([np.concatenate([part.ids for part in window]) for window in windows], np.int32)
+    weights = np.array([np.concatenate([part.weights for part in window]) for window in windows], np.float32)
+    return torch.from_numpy(ids).view(-1, length + 1), torch.from_numpy(weights).view(-1, length + 1)
 
 
 def corpus_embeddings(sequences: list[Sequence], vocab_size: int, size: int, standard_deviation: float = 0.03):

@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None = None):
     lora.add_argument("--svd_q", type=int, default=2, help="power iterations of the randomized SVD")
     lora.add_argument("--rank_map", type=Path, help="JSON of layer names and ranks, instead of a selection")
     arguments.add_base_arguments(parser, "--from_weight")
-    arguments.add_training_arguments(parser, "out/lora", "lora_classifier", epochs=10, learning_rate=2e-3)
+    arguments.add_training_arguments(parser, "out/lora", "lora_classifier", epochs=10, learning_rate=5e-3)
     return parser.parse_args(argv)
 
 

@@ -55,14 +55,17 @@ def fit(
     log = RunLog(args, progress)
     micro_batches = args.accumulation_steps * distributed.world_size()
     texts_per_step = args.batch_size * micro_batches
-    steps_per_epoch = math.ceil(len(lengths) / texts_per_step)
+    steps_per_pass = math.ceil(len(lengths) / texts_per_step)
+    passes = math.ceil(args.min_epoch_steps / steps_per_pass)  # over the rows in one epoch
+    steps_per_epoch = passes * steps_per_pass
     started = time.perf_counter() - progress.seconds
 
     bar = tqdm(total=args.epochs * steps_per_epoch, unit="step", disable=not distributed.is_main(), mininterval=1)
     bar.update(progress.epoch * steps_per_epoch + progress.step)
     while not progress.finished:
         epoch = progress.epoch
-        steps = training_steps(lengths, texts_per_step, args.seed, epoch)
+        passes_of_epoch = range(epoch * passes, (epoch + 1) * passes)
+        steps = [rows for p in passes_of_epoch for rows in training_steps(lengths, texts_per_step, args.seed, p)]
         model.train()
         for rows in steps[progress.step :]:
             # -- one step: rows -> loss -> gradients -> update ---------------------------------------------------
