@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from model.checkpoint import load_minimind, load_tokenizer
 from tests.conftest import run
 from train.pretrain_base import ChunkedCrossEntropy, chunk_loss, learning_rate_factor
-from train.pretrain_corpus import Sequence, pack
+from train.pretrain_corpus import TokenSequence, pack
 
 
 @pytest.mark.parametrize("positions", [3, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.CHUNK + 1])
@@ -32,9 +32,9 @@ def test_the_learning_rate_warms_up_stays_and_decays():
 
 
 def test_windows_hold_whole_tasks_and_all_of_the_language_in_order():
-    language = [Sequence(np.arange(100, 400, dtype=np.uint16), np.ones(300, np.float16))]
+    language = [TokenSequence(np.arange(100, 400, dtype=np.uint16), np.ones(300, np.float16))]
     lengths = [5, 9, 14, 7, 30, 11, 4, 8]  # of tasks of one token each, repeated; 30 is longer than a window
-    tasks = [Sequence(np.full(n, i, np.uint16), np.full(n, 3, np.float16)) for i, n in enumerate(lengths)]
+    tasks = [TokenSequence(np.full(n, i, np.uint16), np.full(n, 3, np.float16)) for i, n in enumerate(lengths)]
     ids, weights = pack(language, tasks, length=19, seed=0)
     assert ids.shape == weights.shape and ids.shape[1] == 20
     of_tasks = ids < 100
@@ -74,3 +74,10 @@ def test_a_run_that_is_stopped_goes_on_and_writes_a_base(tmp_path):
     model, tokenizer = load_minimind(tmp_path / "base"), load_tokenizer(tmp_path / "base")
     assert model.config.vocab_size == len(tokenizer) and model.config.hidden_size == 32
     assert next(model.parameters()).dtype == torch.bfloat16
+    # Further, from that base: its shape and tokenizer, whatever the flags say, and weights that start from its own.
+    places = ["--work_dir", "more", "--output_dir", "further", "--from_weight", "base", "--seed", 1]
+    run(*command(400), *places, "--hidden_size", 64, "--muon_lr", 1e-6, "--adamw_lr", 1e-6, cwd=tmp_path)
+    further = load_minimind(tmp_path / "further")
+    assert load_tokenizer(tmp_path / "further").get_vocab() == tokenizer.get_vocab()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(further.state_dict()[name], tensor, atol=1e-3, rtol=1e-2)

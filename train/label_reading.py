@@ -14,13 +14,15 @@ import collections
 import math
 import random
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from dataset.prompts import build_prompt
 from dataset.rows import Row
-from train.pretrain_corpus import Sequence
+from train.pretrain_corpus import TokenSequence
 
 KINDS = ("headings", "subjects", "keywords")
 # What the books are about, for the kind "subjects"; a book that is not named here gives none.
@@ -52,13 +54,20 @@ MOST_TEXT_TOKENS = 120
 KEYWORDS_PER_DOCUMENT = 24
 
 
-def label_reading_sequences(
-    documents: list[dict], tokenizer, count: int, answer_weight: float, seed: int, kinds: tuple[str, ...] = KINDS
-) -> list[Sequence]:
+@dataclass(frozen=True)
+class Task:
+    """A classification problem: which of the `labels` fits the `text`?"""
+
+    kind: str
+    labels: tuple[str, ...]
+    text: str
+    answer: str
+
+
+def draw_tasks(documents: list[dict], count: int, seed: int, kinds: Sequence[str] = KINDS) -> Iterator[Task]:
     """At most `count` tasks, the kinds in equal shares as far as the corpus gives them.
 
-    The instruction and the label list are context only (weight 0); the text weighs 1 and the answer `answer_weight` a
-    token. A draw in which two labels look the same is left out.
+    A draw in which two labels look the same is left out.
     """
     rng = random.Random(seed)
     paragraphs = _paragraphs(documents)
@@ -67,26 +76,39 @@ def label_reading_sequences(
         "subjects": _SubjectTasks(paragraphs),
         "keywords": _KeywordTasks(paragraphs, documents),
     }
-    makers = [makers[kind] for kind in kinds if makers[kind].paragraphs]
-    sequences = []
-    for _ in tqdm(range(count if makers else 0), desc="label-reading tasks", unit="task"):
-        maker = rng.choice(makers)
-        document, heading, text = rng.choice(maker.paragraphs)
-        answer, others = maker.draw(document, heading, rng)
+    makers = {kind: makers[kind] for kind in kinds if makers[kind].paragraphs}
+    for _ in range(count if makers else 0):
+        kind = rng.choice(list(makers))
+        document, heading, text = rng.choice(makers[kind].paragraphs)
+        answer, others = makers[kind].draw(document, heading, rng)
         recase = rng.choice([str, str.lower, str.title, str.capitalize])
         labels = [recase(label) for label in (answer, *others)]
         answer = labels[0]
         if len(set(labels)) < max(len(labels), 2):
             continue
         rng.shuffle(labels)
-        prompt = build_prompt(tokenizer, labels, "en", max_seq_len=512)
-        text_ids = prompt.text_ids(Row(text, None))[: rng.randint(MOST_TEXT_TOKENS // 4, MOST_TEXT_TOKENS)]
-        answer_ids = prompt.label_ids[labels.index(answer)]
+        yield Task(kind, tuple(labels), text, answer)
+
+
+def label_reading_sequences(
+    documents: list[dict], tokenizer, count: int, answer_weight: float, seed: int, kinds: Sequence[str] = KINDS
+) -> list[TokenSequence]:
+    """The tokens of at most `count` tasks, their texts cut to 30 to 120 tokens.
+
+    The instruction and the label list are context only (weight 0); the text weighs 1 and the answer `answer_weight` a
+    token.
+    """
+    rng = random.Random(seed)
+    sequences = []
+    for task in tqdm(draw_tasks(documents, count, seed, kinds), desc="label-reading tasks", total=count, unit="task"):
+        prompt = build_prompt(tokenizer, task.labels, "en", max_seq_len=512)
+        text_ids = prompt.text_ids(Row(task.text, None))[: rng.randint(MOST_TEXT_TOKENS // 4, MOST_TEXT_TOKENS)]
+        answer_ids = prompt.label_ids[task.labels.index(task.answer)]
         ids = [*prompt.prefix_ids, *text_ids, *prompt.suffix_ids, *answer_ids]
         weights = np.zeros(len(ids), np.float16)
         weights[len(prompt.prefix_ids) : len(prompt.prefix_ids) + len(text_ids)] = 1
         weights[-len(answer_ids) :] = answer_weight
-        sequences.append(Sequence(np.array(ids, np.uint16), weights))
+        sequences.append(TokenSequence(np.array(ids, np.uint16), weights))
     return sequences
 
 

@@ -1,6 +1,7 @@
 """Train a small MiniMind2-generation base from scratch on a JSONL corpus: this makes `model/minimind_mini/`.
 
     python train/pretrain_base.py --corpus corpus.jsonl.xz --output_dir model/minimind_mini
+    python train/pretrain_base.py --corpus mine.jsonl --output_dir out/mine --from_weight model/minimind_mini   # go on
 
 Stop it whenever you like: run the same command again and it goes on from its last checkpoint (`--work_dir`).
 One step: windows of packed tokens -> blocks -> cross-entropy in chunks -> gradients -> Muon and AdamW.
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset.rows import DataError
+from model.checkpoint import load_minimind, load_tokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from train import label_reading
 from train import pretrain_corpus as corpus
@@ -80,6 +82,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=Path("out/pretrain"), help="checkpoint and log")
     parser.add_argument("--epochs", type=int, default=6, help="passes for which tasks are drawn (default 6)")
     parser.add_argument("--tokens", type=float, default=60e6, help="to train on, at most all epochs (default 60e6)")
+    parser.add_argument(
+        "--from_weight",
+        type=Path,
+        help="train this base further, with its tokenizer; without it one is made: the next three flags, and "
+        "--corpus_embeddings, are for that alone",
+    )
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_hidden_layers", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=12800)
@@ -88,9 +96,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens_per_micro_batch", type=int, default=4096)
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices (default 0.02)")
     parser.add_argument("--adamw_lr", type=float, default=2e-3, help="of embeddings and norms (default 2e-3)")
-    parser.add_argument("--tasks", type=int, default=40000, help="label-reading tasks an epoch; 0 leaves them out")
-    parser.add_argument("--task_kinds", nargs="+", default=label_reading.KINDS, choices=label_reading.KINDS)
-    parser.add_argument("--answer_weight", type=float, default=8.0, help="loss weight of a task's answer tokens")
+    parser.add_argument("--tasks", type=int, default=15000, help="label-reading tasks an epoch; 0 leaves them out")
+    parser.add_argument(
+        "--task_kinds", nargs="+", default=["headings", "subjects"], choices=label_reading.KINDS, help="of tasks"
+    )
+    parser.add_argument("--answer_weight", type=float, default=4.0, help="loss weight of a task's answer tokens")
     parser.add_argument("--corpus_embeddings", type=int, default=1, choices=(0, 1), help="start from co-occurrences")
     parser.add_argument("--use_compile", type=int, default=1, choices=(0, 1))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products")
@@ -102,7 +112,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace):
     """Tokenizer, language and label-reading tasks to train on, and held-out language (one document in a hundred)."""
     documents = corpus.read_corpus(args.corpus)
-    tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
+    if args.from_weight:
+        tokenizer = load_tokenizer(args.from_weight)
+    else:
+        tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
     held_out, training = documents[::100], [d for i, d in enumerate(documents) if i % 100]
     language = corpus.language_sequences(training, tokenizer)
     tasks = label_reading.label_reading_sequences(
@@ -119,6 +132,8 @@ def prepare(args: argparse.Namespace):
 
 
 def build_model(args: argparse.Namespace, tokenizer, sequences) -> MiniMindForCausalLM:
+    if args.from_weight:
+        return load_minimind(args.from_weight, args.device, torch.float32).train()
     torch.manual_seed(args.seed)
     config = MiniMindConfig(
         hidden_size=args.hidden_size,

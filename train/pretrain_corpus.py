@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Token ids with the weight that each one's prediction has in the loss (0: it is only context)."""
 
     ids: np.ndarray  # uint16
@@ -76,16 +76,18 @@ def train_tokenizer(documents: list[dict], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-def language_sequences(documents: list[dict], tokenizer) -> list[Sequence]:
+def language_sequences(documents: list[dict], tokenizer) -> list[TokenSequence]:
     """Each document as plain language modelling: its tokens and an end of text, all of weight 1."""
     sequences = []
     for document in tqdm(documents, desc="tokenize", unit="doc"):
         ids = [*tokenizer.encode(document["text"], add_special_tokens=False), tokenizer.pad_token_id]
-        sequences.append(Sequence(np.array(ids, np.uint16), np.ones(len(ids), np.float16)))
+        sequences.append(TokenSequence(np.array(ids, np.uint16), np.ones(len(ids), np.float16)))
     return sequences
 
 
-def pack(language: list[Sequence], tasks: list[Sequence], length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(
+    language: list[TokenSequence], tasks: list[TokenSequence], length: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows of `length` predictions: ids and weights (W, length + 1).
 
     Language is shuffled by document, laid end to end and cut wherever a window is full. Tasks are spread evenly and
@@ -94,9 +96,10 @@ def pack(language: list[Sequence], tasks: list[Sequence], length: int, seed: int
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(language))
-    stream = Sequence(*(np.concatenate([getattr(language[i], part) for i in order]) for part in ("ids", "weights")))
+    stream_ids = np.concatenate([language[i].ids for i in order])
+    stream_weights = np.concatenate([language[i].weights for i in order])
     waiting = [tasks[i] for i in rng.permutation(len(tasks)) if len(tasks[i].ids) <= length + 1]
-    all_windows = (len(stream.ids) + sum(len(task.ids) for task in waiting)) / (length + 1)
+    all_windows = (len(stream_ids) + sum(len(task.ids) for task in waiting)) / (length + 1)
     windows, used_language, used_tasks = [], 0, 0
     while True:
         window, room = [], length + 1
@@ -106,17 +109,17 @@ def pack(language: list[Sequence], tasks: list[Sequence], length: int, seed: int
             room -= len(waiting[used_tasks].ids)
             used_tasks += 1
         rest = slice(used_language, used_language + room)
-        if rest.stop > len(stream.ids):
+        if rest.stop > len(stream_ids):
             break
         used_language = rest.stop
-        window.append(Sequence(stream.ids[rest], stream.weights[rest]))
+        window.append(TokenSequence(stream_ids[rest], stream_weights[rest]))
         windows.append(window)
     ids = np.array([np.concatenate([part.ids for part in window]) for window in windows], np.int32)
     weights = np.array([np.concatenate([part.weights for part in window]) for window in windows], np.float32)
     return torch.from_numpy(ids).view(-1, length + 1), torch.from_numpy(weights).view(-1, length + 1)
 
 
-def corpus_embeddings(sequences: list[Sequence], vocab_size: int, size: int, standard_deviation: float = 0.03):
+def corpus_embeddings(sequences: list[TokenSequence], vocab_size: int, size: int, standard_deviation: float = 0.03):
     """Token embeddings (V, size) from co-occurrence alone, to start training from.
 
     Counts within 5 tokens weighted by 1/distance, positive pointwise mutual information with context counts to the
