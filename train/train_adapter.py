@@ -24,7 +24,7 @@ def parse_arguments(argv: list[str] | None = None):
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--middle_features", type=arguments.positive_int, default=8, help="width of the bottleneck")
     arguments.add_base_arguments(parser, "--from_weight")
-    arguments.add_training_arguments(parser, "out/adapter", "adapter_classifier", epochs=10, learning_rate=2e-3)
+    arguments.add_training_arguments(parser, "out/adapter", "adapter_classifier", epochs=10, learning_rate=5e-3)
     return parser.parse_args(argv)
 
 
