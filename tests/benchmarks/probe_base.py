@@ -5,8 +5,9 @@
 For every number of rows in `--rows` and every one of `--seeds` samples, stratified training rows are drawn, LoRA is
 trained on them by `train/train_lora.py` (flags behind `--` go there as they stand), and the test rows are scored.
 Beside it stand, on the very same rows, TF-IDF with logistic regression over words and over the base's tokens, and
-logistic regression on the frozen base's last hidden states, their mean and the last position's. Prints a table of means
-and writes every run to `--report` (JSON lines, appended as they come).
+logistic regression on the frozen base's last hidden states: of the text alone, their mean and the last one, and of the
+whole prompt, the one from which it would be answered, where LoRA starts. Prints a table of means and writes every run
+to `--report` (JSON lines, appended as they come).
 """
 
 import argparse
@@ -84,17 +85,23 @@ def token_tfidf_accuracy(tokenizer, sample: list[Row], test: list[Row]) -> float
 
 @torch.inference_mode()
 def hidden_states(model, prompt, rows: list[Row]) -> dict[str, torch.Tensor]:
-    """The last hidden states of a text alone, averaged over its tokens and at its last one, each (N, H)."""
-    prompt = text_only_prompt(prompt)
-    examples = encode(rows, prompt)
-    mean, last = torch.zeros(2, len(rows), model.config.hidden_size)
-    for indices in token_batches([len(example.ids) for example in examples]):
-        batch = collate([examples[index] for index in indices], prompt, "cpu", with_answers=False)
-        hidden = model.model(input_ids=batch.input_ids).last_hidden_state  # (B, T, H)
-        real = torch.arange(hidden.shape[1]) < batch.lengths[:, None]
-        mean[indices] = (hidden * real[..., None]).sum(1) / batch.lengths[:, None]
-        last[indices] = hidden[torch.arange(len(indices)), batch.lengths - 1]
-    return {"mean hidden state": mean, "last position": last}
+    """Last hidden states (N, H): of a text alone, averaged and at its last token; where a whole prompt is answered."""
+    states = torch.zeros(3, len(rows), model.config.hidden_size)
+    for layout in (text_only_prompt(prompt), prompt):
+        examples = encode(rows, layout)
+        prefix = torch.tensor(layout.prefix_ids, dtype=torch.long)
+        for indices in token_batches([len(prefix) + len(example.ids) for example in examples]):
+            batch = collate([examples[index] for index in indices], layout, "cpu", with_answers=False)
+            ids = torch.cat([prefix.expand(len(indices), -1), batch.input_ids], dim=1)
+            hidden = model.model(input_ids=ids).last_hidden_state[:, len(prefix) :]  # (B, T, H)
+            end = hidden[torch.arange(len(indices)), batch.lengths - 1]
+            if layout is prompt:
+                states[2, indices] = end
+            else:
+                real = torch.arange(hidden.shape[1]) < batch.lengths[:, None]
+                states[0, indices] = (hidden * real[..., None]).sum(1) / batch.lengths[:, None]
+                states[1, indices] = end
+    return {"mean hidden state": states[0], "last position": states[1], "answer position": states[2]}
 
 
 def lora_accuracy(base: Path, rows: list[Row], test: list[Row], seed: int, max_seq_len: int, flags: list[str]) -> float:
