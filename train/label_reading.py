@@ -71,12 +71,9 @@ def draw_tasks(documents: list[dict], count: int, seed: int, kinds: Sequence[str
     """
     rng = random.Random(seed)
     paragraphs = _paragraphs(documents)
-    makers = {
-        "headings": _HeadingTasks(paragraphs),
-        "subjects": _SubjectTasks(paragraphs),
-        "keywords": _KeywordTasks(paragraphs, documents),
-    }
-    makers = {kind: makers[kind] for kind in kinds if makers[kind].paragraphs}
+    makers = {"headings": _HeadingTasks, "subjects": _SubjectTasks, "keywords": _KeywordTasks}
+    makers = {kind: makers[kind](paragraphs, documents) for kind in kinds}
+    makers = {kind: maker for kind, maker in makers.items() if maker.paragraphs}
     for _ in range(count if makers else 0):
         kind = rng.choice(list(makers))
         document, heading, text = rng.choice(makers[kind].paragraphs)
@@ -98,7 +95,7 @@ def label_reading_sequences(
     The instruction and the label list are context only (weight 0); the text weighs 1 and the answer `answer_weight` a
     token.
     """
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed}:lengths")
     sequences = []
     for task in tqdm(draw_tasks(documents, count, seed, kinds), desc="label-reading tasks", total=count, unit="task"):
         prompt = build_prompt(tokenizer, task.labels, "en", max_seq_len=512)
@@ -130,7 +127,7 @@ def _paragraphs(documents: list[dict]) -> list[tuple[int, str, str, str]]:
 
 
 class _HeadingTasks:
-    def __init__(self, paragraphs):
+    def __init__(self, paragraphs, documents):
         self.paragraphs = [(book, heading, text) for _, book, heading, text in paragraphs if heading]
         self.by_book = collections.defaultdict(list)
         for book, heading, _ in self.paragraphs:
@@ -145,7 +142,7 @@ class _HeadingTasks:
 
 
 class _SubjectTasks:
-    def __init__(self, paragraphs):
+    def __init__(self, paragraphs, documents):
         self.paragraphs = [(book, heading, text) for _, book, heading, text in paragraphs if book in SUBJECTS]
         self.subjects = {subject for subjects in SUBJECTS.values() for subject in subjects}
 

@@ -116,7 +116,7 @@ def prepare(args: argparse.Namespace):
         tokenizer = load_tokenizer(args.from_weight)
     else:
         tokenizer = corpus.train_tokenizer(documents, args.vocab_size)
-    held_out, training = documents[::100], [d for i, d in enumerate(documents) if i % 100]
+    training, held_out = corpus.split_held_out(documents)
     language = corpus.language_sequences(training, tokenizer)
     tasks = label_reading.label_reading_sequences(
         training, tokenizer, args.tasks * args.epochs, args.answer_weight, args.seed, args.task_kinds

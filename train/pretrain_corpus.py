@@ -51,6 +51,11 @@ def read_corpus(path: Path) -> list[dict]:
     return documents
 
 
+def split_held_out(documents: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The documents to train on, and one in a hundred that is kept from training."""
+    return [document for i, document in enumerate(documents) if i % 100], documents[::100]
+
+
 def train_tokenizer(documents: list[dict], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocab_size` tokens with MiniMind's markers and a ChatML template."""
     tokenizer = Tokenizer(models.BPE())

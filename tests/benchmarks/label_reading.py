@@ -24,7 +24,7 @@ from dataset.prompts import build_prompt
 from dataset.rows import Row
 from model.checkpoint import load_minimind, load_tokenizer
 from train.label_reading import Task, draw_tasks
-from train.pretrain_corpus import language_sequences, read_corpus
+from train.pretrain_corpus import language_sequences, read_corpus, split_held_out
 from train.scoring import language_scorer, score_examples
 
 COPY_LENGTH, COPIES = 100, 64
@@ -56,7 +56,7 @@ def main() -> None:
 
     model, tokenizer = load_minimind(args.base, dtype=torch.float32), load_tokenizer(args.base)
     documents = read_corpus(args.corpus)
-    held_out = documents[::100]
+    _, held_out = split_held_out(documents)
     unseen = {paragraph for document in held_out for paragraph in document["text"].split("\n")}
     right, chance = defaultdict(list), defaultdict(list)
     for task in draw_tasks(documents, args.tasks, seed=1):
