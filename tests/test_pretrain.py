@@ -9,21 +9,46 @@ import torch.nn.functional as F
 
 from model.checkpoint import load_minimind, load_tokenizer
 from tests.conftest import run
-from train.pretrain_base import ChunkedCrossEntropy, chunk_loss, learning_rate_factor
+from train.pretrain_base import learning_rate_factor
 from train.pretrain_corpus import TokenSequence, pack
+from train.pretrain_loss import ChunkedCrossEntropy, ContextPrediction, chunk_loss
 
 
 @pytest.mark.parametrize("positions", [3, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.CHUNK + 1])
-def test_cross_entropy_in_chunks_equals_the_plain_one(positions):
+@pytest.mark.parametrize("count", [1, 3])
+def test_cross_entropy_in_chunks_equals_the_plain_one(positions, count):
     torch.manual_seed(0)
     hidden, head = torch.randn(positions, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    targets, weights = torch.randint(20, (positions,)), torch.rand(positions)
+    targets, weights = torch.randint(20, (positions, count)), torch.rand(positions)
     found = 2 * ChunkedCrossEntropy.apply(hidden, head, targets, weights, chunk_loss)
-    expected = 2 * (F.cross_entropy(hidden @ head.t(), targets, reduction="none") * weights).sum()
+    plain = [F.cross_entropy(hidden @ head.t(), column, reduction="none") for column in targets.t()]
+    expected = 2 * (sum(plain) / count * weights).sum()
     torch.testing.assert_close(found, expected)
     pairs = zip(torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True)
     for mine, plain in pairs:
         torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_context_is_drawn_from_within_reach_and_never_from_a_template():
+    ids = torch.arange(2 * 41).view(2, 41)  # every token once, so that a target tells where it stood
+    weights = torch.ones(2, 41)
+    weights[:, 10:22] = 0  # a template
+    counts = torch.ones(82)
+    counts[30] = 1e9
+    context = ContextPrediction(8, counts, markers=3, reach=(6, 4))
+    targets, position_weights = context.draw(ids, weights, torch.Generator().manual_seed(0))
+    assert targets.shape == (2 * 10, context.DRAWN)
+    seen = set()
+    for row, (drawn, weight) in enumerate(zip(targets, position_weights, strict=True)):
+        window, position = row // 10, row % 10 * context.EVERY
+        allowed = {41 * window + i for i in range(max(position - 6, 0), min(position + 4, 40) + 1) if not 10 <= i < 22}
+        allowed -= {0, 1, 2}
+        assert weight == bool(allowed)
+        if weight:
+            assert set(drawn.tolist()) <= allowed
+            seen |= set(drawn.tolist())
+    assert 30 not in seen and len(seen) > 40
+    assert (position_weights == 0).sum() == 2  # from position 16 all in reach is template, in either window
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():

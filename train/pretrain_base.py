@@ -4,7 +4,8 @@
     python train/pretrain_base.py --corpus mine.jsonl --output_dir out/mine --from_weight model/minimind_mini   # go on
 
 Stop it whenever you like: run the same command again and it goes on from its last checkpoint (`--work_dir`).
-One step: windows of packed tokens -> blocks -> cross-entropy in chunks -> gradients -> Muon and AdamW.
+One step: windows of packed tokens -> blocks -> cross-entropy of the next token and of words around, in chunks ->
+gradients -> Muon and AdamW.
 """
 
 import argparse
@@ -25,52 +26,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from train import label_reading
 from train import pretrain_corpus as corpus
 from train.arguments import run_script
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted cross-entropy of a linear head without ever holding all logits.
-
-    Gradients are taken chunk by chunk in the forward pass, so nothing is computed twice and the logits of one chunk
-    stay in the processor's cache. hidden (P, H), weight (V, H), targets (P,), token_weights (P,) -> sum of losses;
-    products run in the type of `hidden`, the gradient of the weight is summed in its own.
-    """
-
-    CHUNK = 512  # positions
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, chunk_loss):
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        head = weight.to(hidden.dtype)
-        for start in range(0, len(hidden), ChunkedCrossEntropy.CHUNK):
-            chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
-            losses, grad_logits = chunk_loss(hidden[chunk] @ head.t(), targets[chunk], token_weights[chunk])
-            # Of the softmax's gradient, probability less one at the target, the one is still to be taken off.
-            rows = torch.arange(len(losses), device=hidden.device)
-            grad_logits[rows, targets[chunk]] -= token_weights[chunk].to(head.dtype)
-            total += losses.sum()
-            torch.mm(grad_logits, head, out=grad_hidden[chunk])
-            grad_weight += grad_logits.t() @ hidden[chunk]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
-
-
-def chunk_loss(logits, targets, token_weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits (P, V): weighted float32 losses (P,), and probabilities times weight in the type of the logits (P, V).
-
-    One exponential a logit: taking them again, as softmax behind log-softmax does, costs more than the products.
-    """
-    largest = logits.amax(-1, keepdim=True).float()
-    exponentials = (logits.float() - largest).exp().to(logits.dtype)
-    total = exponentials.float().sum(-1, keepdim=True)
-    losses = (total.log() + largest - logits.gather(1, targets[:, None]).float())[:, 0] * token_weights
-    return losses, (exponentials.float() * (token_weights[:, None] / total)).to(logits.dtype)
+from train.pretrain_loss import ChunkedCrossEntropy, ContextPrediction, chunk_loss
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +57,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--task_kinds", nargs="+", default=["headings", "subjects"], choices=label_reading.KINDS, help="of tasks"
     )
     parser.add_argument("--answer_weight", type=float, default=4.0, help="loss weight of a task's answer tokens")
+    parser.add_argument(
+        "--context_weight", type=float, default=0.5, help="of predicting words around a position; 0: next token alone"
+    )
+    parser.add_argument(
+        "--context_reach", type=int, nargs=2, default=[64, 64], metavar=("BACK", "AHEAD"), help="of it, tokens"
+    )
     parser.add_argument("--corpus_embeddings", type=int, default=1, choices=(0, 1), help="start from co-occurrences")
     parser.add_argument("--use_compile", type=int, default=1, choices=(0, 1))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products")
@@ -156,10 +118,11 @@ def build_model(args: argparse.Namespace, tokenizer, sequences) -> MiniMindForCa
     return model.to(args.device)
 
 
-def build_optimizers(model: MiniMindForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: MiniMindForCausalLM, context: ContextPrediction, args) -> list[torch.optim.Optimizer]:
     """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices, AdamW for the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    rest += context.parameters()
     return [
         torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(rest, lr=args.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -171,32 +134,38 @@ def learning_rate_factor(progress: float) -> float:
     return min(progress / 0.01 + 0.01, 1.0, (1.0 - progress) / 0.3 + 1e-3)
 
 
-def summed_loss(blocks, loss_of_chunk, head_weight, ids, weights, args) -> torch.Tensor:
-    """Sum over tokens of weight times cross-entropy; ids and weights (B, T + 1)."""
-    ids, weights = ids.to(args.device, torch.long), weights.to(args.device)
+def hidden_states(blocks, ids, args) -> torch.Tensor:
+    """Last hidden states (B, T, H) of all but the last of ids (B, T + 1), in the type of the products."""
     with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        hidden = blocks(ids[:, :-1]).last_hidden_state
-    hidden = hidden.flatten(0, 1).to(getattr(torch, args.dtype))
-    targets, token_weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
-    return ChunkedCrossEntropy.apply(hidden, head_weight, targets, token_weights, loss_of_chunk)
+        return blocks(ids[:, :-1]).last_hidden_state.to(getattr(torch, args.dtype))
+
+
+def language_loss(hidden, head_weight, ids, weights, loss_of_chunk) -> torch.Tensor:
+    """Sum over tokens of weight times cross-entropy of the next one; hidden (B, T, H), ids and weights (B, T + 1)."""
+    targets, token_weights = ids[:, 1:].reshape(-1, 1), weights[:, 1:].flatten()
+    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head_weight, targets, token_weights, loss_of_chunk)
 
 
 @torch.no_grad()
-def validation_loss(loss_of, held_out, args) -> float:
+def validation_loss(blocks, loss_of_chunk, head_weight, held_out, args) -> float:
+    """Nats a token of next-token prediction."""
     ids, weights = corpus.pack(held_out, [], args.seq_len, seed=0)
+    ids, weights = ids.to(args.device, torch.long), weights.to(args.device)
     rows = args.tokens_per_micro_batch // args.seq_len
     if len(ids) > rows:  # whole micro-batches only: another shape would be compiled anew
         ids, weights = ids[: len(ids) // rows * rows], weights[: len(weights) // rows * rows]
-    total = sum(float(loss_of(i, w)) for i, w in zip(ids.split(rows), weights.split(rows), strict=True))
+    total = sum(
+        float(language_loss(hidden_states(blocks, i, args), head_weight, i, w, loss_of_chunk))
+        for i, w in zip(ids.split(rows), weights.split(rows), strict=True)
+    )
     return total / float(weights[:, 1:].sum())
 
 
-def save_checkpoint(path: Path, model, optimizers, state: dict) -> None:
+def save_checkpoint(path: Path, model, context, optimizers, state: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    torch.save(
-        {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "state": state}, temporary
-    )
+    saved = {"model": model.state_dict(), "context": context.state_dict(), "state": state}
+    torch.save(saved | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
     os.replace(temporary, path)
 
 
@@ -204,12 +173,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     tokenizer, language, tasks, held_out = prepare(args)
     model = build_model(args, tokenizer, language)
-    optimizers = build_optimizers(model, args)
+    counts = corpus.token_counts(language, model.config.vocab_size)
+    context = ContextPrediction(model.config.hidden_size, counts, len(corpus.MARKERS), args.context_reach)
+    optimizers = build_optimizers(model, context.to(args.device), args)
     checkpoint, log_file = args.work_dir / "checkpoint.pt", args.work_dir / "log.jsonl"
     state = {"epoch": 0, "window": 0, "tokens": 0, "seconds": 0.0, "step": 0}
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=args.device)
         model.load_state_dict(saved["model"])
+        context.load_state_dict(saved["context"])
         for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         state = saved["state"]
@@ -221,9 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     blocks, loss_of_chunk = model.model, chunk_loss
     if args.use_compile:
         blocks, loss_of_chunk = (torch.compile(f, dynamic=False) for f in (blocks, loss_of_chunk))
-
-    def loss_of(ids, weights):
-        return summed_loss(blocks, loss_of_chunk, model.lm_head.weight, ids, weights, args)
+    head_weight, generator = model.lm_head.weight, torch.Generator(args.device)
 
     bar = tqdm(total=int(last_token), initial=state["tokens"], unit="tok", unit_scale=True, mininterval=5)
     progress = 0.0
@@ -239,14 +209,22 @@ def main(argv: list[str] | None = None) -> None:
             progress = state["tokens"] / last_token
             if progress >= 1 or (progress > 0.75 and length == args.seq_len):
                 break
-            step_ids, step_weights = ids[first : first + per_step], weights[first : first + per_step]
+            step_ids = ids[first : first + per_step].to(args.device, torch.long)
+            step_weights = weights[first : first + per_step].to(args.device)
             normalizer = float(step_weights[:, 1:].sum())
-            loss = 0.0
+            generator.manual_seed(args.seed + state["step"])
+            loss = loss_of_context = 0.0
             for micro_ids, micro_weights in zip(step_ids.split(per_micro), step_weights.split(per_micro), strict=True):
-                micro_loss = loss_of(micro_ids, micro_weights) / normalizer
-                micro_loss.backward()
+                hidden = hidden_states(blocks, micro_ids, args)
+                micro_loss = language_loss(hidden, head_weight, micro_ids, micro_weights, loss_of_chunk) / normalizer
                 loss += micro_loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+                if args.context_weight:
+                    of_context = context(hidden, head_weight, micro_ids, micro_weights, generator, loss_of_chunk)
+                    of_context = of_context * len(micro_ids) / per_step
+                    loss_of_context += of_context.item()
+                    micro_loss = micro_loss + args.context_weight * of_context
+                micro_loss.backward()
+            torch.nn.utils.clip_grad_norm_([*model.parameters(), *context.parameters()], 1.0, error_if_nonfinite=True)
             for optimizer, peak in zip(optimizers, (args.muon_lr, args.adamw_lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * learning_rate_factor(progress)
@@ -258,18 +236,19 @@ def main(argv: list[str] | None = None) -> None:
             state["seconds"] += time.perf_counter() - begin
             bar.update(step_ids.numel() - len(step_ids))
             if state["step"] % 100 == 0:
-                report = {**state, "loss": loss, "val_loss": validation_loss(loss_of, held_out, args)}
+                held_out_loss = validation_loss(blocks, loss_of_chunk, head_weight, held_out, args)
+                report = {**state, "loss": loss, "context_loss": loss_of_context, "val_loss": held_out_loss}
                 args.work_dir.mkdir(parents=True, exist_ok=True)
                 with log_file.open("a") as log:
                     log.write(json.dumps(report) + "\n")
-                bar.set_postfix(loss=f"{loss:.3f}", val=f"{report['val_loss']:.3f}")
-                save_checkpoint(checkpoint, model, optimizers, state)
+                bar.set_postfix(loss=f"{loss:.3f}", val=f"{held_out_loss:.3f}")
+                save_checkpoint(checkpoint, model, context, optimizers, state)
         else:
             state["epoch"], state["window"] = state["epoch"] + 1, 0
     bar.close()
-    final = validation_loss(loss_of, held_out, args)
+    final = validation_loss(blocks, loss_of_chunk, head_weight, held_out, args)
     print(f"validation loss {final:.3f} nats a token, perplexity {math.exp(final):.1f}")
-    save_checkpoint(checkpoint, model, optimizers, state)
+    save_checkpoint(checkpoint, model, context, optimizers, state)
     export(model, tokenizer, args.output_dir)
     if log_file.exists():
         plot_loss(log_file, args.output_dir / "loss_curve.png")

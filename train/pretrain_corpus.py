@@ -90,6 +90,14 @@ def language_sequences(documents: list[dict], tokenizer) -> list[TokenSequence]:
     return sequences
 
 
+def token_counts(sequences: list[TokenSequence], vocab_size: int) -> torch.Tensor:
+    """How often each token occurs (V,)."""
+    counts = np.zeros(vocab_size, np.int64)
+    for sequence in sequences:
+        counts += np.bincount(sequence.ids, minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
 def pack(
     language: list[TokenSequence], tasks: list[TokenSequence], length: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
