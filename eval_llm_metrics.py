@@ -9,7 +9,8 @@
     python eval_llm_metrics.py --lora_weight lora_classifier --input texts.csv --output labels.csv
     python eval_llm_metrics.py --compare                               # every artifact of this base, side by side
 
-A report opens with what is easy to reach: majority class, TF-IDF with logistic regression, and the frozen base.
+A report opens with what is easy to reach: majority class, TF-IDF with logistic regression, and the frozen base, as it
+answers and once every label's mean probability over the texts is divided out (batch calibration).
 """
 
 import json
@@ -22,7 +23,7 @@ from model.artifact import write_atomically
 from model.checkpoint import CheckpointError, find_weight
 from train import arguments, leaderboard
 from train.classifiers import artifact_classifier, base_classifier, merged_classifier
-from train.evaluation import class_table, comparison_table, evaluate, honest_lines, plot_confusion
+from train.evaluation import class_table, comparison_table, evaluate, frozen_lines, honest_lines, plot_confusion
 from train.judge_client import JudgeError
 
 
@@ -132,14 +133,13 @@ def main(argv: list[str] | None = None) -> None:
     lines = honest_lines(train_rows, rows)
     # The frozen base answers to the same labels in the same template.
     frozen = figures if source is None else evaluate(base_classifier(args, train_rows, classifier.prompt), rows)
-    lines["frozen_base"] = {name: frozen[name] for name in ("accuracy", "interval", "macro_f1")}
-    lines["frozen_base"]["trained_parameters"] = 0
+    lines |= frozen_lines(frozen)
     predictions, chances = figures.pop("predictions"), figures.pop("probabilities")
     report = {**figures, "baselines": lines, "artifact": source and str(source), "data_path": args.data_path}
     report["run"] = classifier.details
 
     shown = {"majority class": lines["majority"], "TF-IDF + logistic regression": lines["tfidf_logreg"]}
-    shown["frozen base"] = lines["frozen_base"]
+    shown |= {"frozen base": lines["frozen_base"], "frozen base, calibrated": lines["frozen_base_calibrated"]}
     if source is not None:
         shown[figures["method"]] = figures
     print(comparison_table(shown))

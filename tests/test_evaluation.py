@@ -18,6 +18,7 @@ from tests.conftest import run
 from tests.test_training import METHODS, artifact, clean_runs, command  # noqa: F401 - a fixture
 from train.classifiers import artifact_classifier
 from train.evaluation import accuracy_figures, evaluate, expected_calibration_error
+from train.scoring import batch_calibrated
 
 FLAGS = {
     "lora": ["--lora_weight", "lora_classifier"],
@@ -51,7 +52,7 @@ def test_report_and_fresh_process_agree_with_this_one(method, clean_runs, tiny_b
     assert figures["accuracy"] == pytest.approx(np.mean([g == p for g, p in zip(gold, predicted, strict=True)]))
     labels = sorted({row.label for row in read_rows(data_files["train"])})
     assert figures["macro_f1"] == pytest.approx(f1_score(gold, predicted, average="macro", zero_division=0))
-    assert set(figures["baselines"]) == {"majority", "tfidf_logreg", "frozen_base"}
+    assert set(figures["baselines"]) == {"majority", "tfidf_logreg", "frozen_base", "frozen_base_calibrated"}
     assert figures["texts_per_second"] > 0 and 0 <= figures["ece"] <= 1
     assert (figures["generation_accuracy"] is None) == (method == "projection_head")
     assert report.with_suffix(".confusion.png").stat().st_size > 1000
@@ -133,7 +134,8 @@ def test_merged_classifier_and_comparison(tiny_base_folder, data_files, tmp_path
     label2id = json.loads(artifact("projection_head", tmp_path).with_suffix(".label2id.json").read_text())
     assert list(label2id) == separate["labels"] and list(label2id.values()) == list(range(len(label2id)))
     output = run(*evaluation(tiny_base_folder, data_files, "--compare"), cwd=tmp_path).stdout
-    for name in ("adapter (", "projection_head (", "frozen base", "majority class", "TF-IDF + logistic regression"):
+    bases = ("frozen base  ", "frozen base, calibrated")
+    for name in ("adapter (", "projection_head (", *bases, "majority class", "TF-IDF + logistic regression"):
         assert name in output
     lines = json.loads((tmp_path / "out/leaderboard.json").read_text())
     assert [line["accuracy"] for line in lines] == sorted((line["accuracy"] for line in lines), reverse=True)
@@ -147,6 +149,14 @@ def test_figures_against_formulas():
     assert expected_calibration_error(chance, gold) == pytest.approx((0.1 + 0.2 + 0.6 + 0.45) / 4)
     figures = accuracy_figures(gold, chance.argmax(1))
     assert figures["accuracy"] == 0.75 and figures["interval"][0] < 0.75 < figures["interval"][1]
+
+
+def test_calibration_takes_off_what_a_label_gets_whatever_the_text_says():
+    scores = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.95, 0.05], [0.6, 0.4]]).log()
+    assert scores.argmax(1).tolist() == [0, 0, 0, 0]
+    calibrated = batch_calibrated(scores - 3)  # a constant says nothing
+    torch.testing.assert_close(calibrated, scores - torch.tensor([3.15 / 4, 0.85 / 4]).log())
+    assert calibrated.argmax(1).tolist() == [0, 1, 0, 1]
 
 
 def test_sample_news_is_neither_trivial_nor_noise():

@@ -18,7 +18,7 @@ from dataset.classification_dataset import collate, encode, token_batches
 from dataset.prompts import Prompt
 from dataset.rows import Row
 from model.label_scoring import greedy_answers
-from train.scoring import probabilities, score_examples
+from train.scoring import batch_calibrated, probabilities, score_examples
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def evaluate(classifier: Classifier, rows: Sequence[Row], progress_bar: bool = F
     """All figures of one classifier on labelled rows.
 
     Returns:
-        accuracy, its 95 % interval, macro_f1, n, per_class, confusion (rows are the gold labels), perplexity of the
-        gold label's tokens, ece, texts_per_second, generation_accuracy and invalid_rate (None without words),
-        trained_parameters, predictions.
+        accuracy, its 95 % interval, macro_f1, the same three calibrated (`batch_calibrated`), n, per_class, confusion
+        (rows are the gold labels), perplexity of the gold label's tokens, ece, texts_per_second, generation_accuracy
+        and invalid_rate (None without words), trained_parameters, predictions, probabilities.
     """
     labels = classifier.prompt.labels
     gold = np.array([classifier.prompt.label_index(row) for row in rows])
@@ -87,6 +87,7 @@ def evaluate(classifier: Classifier, rows: Sequence[Row], progress_bar: bool = F
     figures = {
         "method": classifier.method,
         **accuracy_figures(gold, predicted),
+        "calibrated": accuracy_figures(gold, batch_calibrated(scores).argmax(1).numpy()),
         "n": len(rows),
         "trained_parameters": classifier.trained_parameters,
         "ece": expected_calibration_error(chance, gold),
@@ -138,6 +139,13 @@ def honest_lines(train_rows: Sequence[Row], rows: Sequence[Row]) -> dict[str, di
         name: accuracy_figures(gold, np.array([labels[label] for label in predict(train_rows, rows)]))
         for name, predict in (("majority", majority_predictions), ("tfidf_logreg", tfidf_predictions))
     }
+
+
+def frozen_lines(figures: dict) -> dict[str, dict]:
+    """The lines of the frozen base in a table: as it answers, and calibrated on the texts."""
+    plain = {name: figures[name] for name in ("accuracy", "interval", "macro_f1")}
+    lines = {"frozen_base": plain, "frozen_base_calibrated": figures["calibrated"]}
+    return {name: {**line, "trained_parameters": 0} for name, line in lines.items()}
 
 
 def comparison_table(lines: dict[str, dict]) -> str:

@@ -44,6 +44,7 @@ def compare(args, train_rows: Sequence[Row], rows: Sequence[Row]) -> list[dict]:
     frozen = evaluate(base_classifier(args, train_rows), rows)
     shared = ("accuracy", "interval", "macro_f1", "ece", "texts_per_second", "trained_parameters")
     lines.append({"name": "frozen base", **{key: frozen[key] for key in shared}})
+    lines.append({"name": "frozen base, calibrated", **frozen["calibrated"], "trained_parameters": 0})
     for name, figures in honest_lines(train_rows, rows).items():
         shown = {"majority": "majority class", "tfidf_logreg": "TF-IDF + logistic regression"}[name]
         lines.append({"name": shown, **figures})

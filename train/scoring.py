@@ -1,5 +1,6 @@
 """Scores of every label for many rows, spread over the processes, and the figures that follow from them."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,6 +53,16 @@ def score_indices(
 def probabilities(scores: torch.Tensor) -> torch.Tensor:
     """(N, C): the scores as a distribution over the labels."""
     return scores.softmax(dim=-1)
+
+
+def batch_calibrated(scores: torch.Tensor) -> torch.Tensor:
+    """(N, C) log-probabilities less what each label gets on average over these texts, whatever they say.
+
+    A frozen model likes some labels for their words alone; texts without gold labels are enough to see how much
+    (batch calibration, https://arxiv.org/abs/2309.17249). It takes the classes to be about equally frequent.
+    """
+    chances = scores.log_softmax(-1)
+    return chances - (chances.logsumexp(0) - math.log(len(chances)))
 
 
 def validation_scores(scores: torch.Tensor, examples: Sequence[Example]) -> dict[str, float]:
