@@ -12,10 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dataset.classification_dataset import Batch
 from model.artifact import read_artifact
 from model.checkpoint import compute_dtype
 from tests.conftest import ROOT, run
+from train import arguments
 from train.setup import compile_blocks
+from train.trainer import fit
 
 METHODS = {
     "lora": ("lora", "lora_classifier", ["--rank_eval_steps", "3"]),
@@ -271,3 +274,43 @@ def test_non_finite_loss_stops_before_the_step_and_names_the_rows(tiny_base_fold
     assert result.returncode == 5
     assert "not finite" in result.stderr or "nothing was updated" in result.stderr
     assert not artifact("lora", tmp_path).exists()
+
+
+class StepCounter(torch.nn.Module):
+    """A model whose only parameter grows a little with every step: its value says which state was kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "accuracies", "epochs", "best"),
+    [
+        # Of ten rows one or two more or fewer say nothing: the last epoch is kept, and nothing ends early.
+        (10, [0.8, 0.7, 0.7, 0.8, 0.7, 0.7], 6, 5),
+        (10, [1.0, 0.9, 0.9, 0.9, 0.9, 0.9], 6, 5),
+        # Of ten thousand a tenth is a real loss.
+        (10_000, [0.8, 0.7, 0.7, 0.8, 0.7, 0.7], 3, 0),
+        (10_000, [0.7, 0.8, 0.799, 0.7, 0.7, 0.7], 5, 2),
+        # Each epoch is held against the best one, not against the one before.
+        (100, [0.8, 0.77, 0.74, 0.71, 0.68, 0.65], 4, 1),
+    ],
+)
+def test_an_earlier_epoch_is_kept_only_where_it_is_better_beyond_chance(rows, accuracies, epochs, best, tmp_path):
+    parser = arguments.build_parser("")
+    arguments.add_training_arguments(parser, str(tmp_path), "counter", epochs=6, learning_rate=0.1)
+    args = parser.parse_args(["--patience", "2", "--min_epoch_steps", "1", "--checkpoint_dir", str(tmp_path)])
+    model, states = StepCounter(), []
+
+    def validate():
+        states.append(model.value.item())
+        return {"rows": rows, "accuracy": accuracies[len(states) - 1], "macro_f1": 0.0, "loss": 1.0}
+
+    def loss(batch):
+        return -model.value.sum(), 1
+
+    progress = fit(model, loss, lambda indices: Batch(None, None, None, None, None, []), [5] * 8, validate, args, {})
+    assert (len(states), progress.best_epoch) == (epochs, best)
+    assert model.value.item() == states[best]
+    assert len(set(states)) == len(states)

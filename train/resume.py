@@ -6,7 +6,6 @@ the run: data, base, method and every flag that changes a number. Resuming with 
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,8 +25,8 @@ class Progress:
 
     Attributes:
         epoch, step: the next step to take is number `step` of `epoch`, both from 0.
-        best_score: (accuracy, -loss) of the best epoch's validation; compared in that order.
-        best_epoch: that epoch, None before the first validation.
+        best_accuracy: the highest of all validations so far.
+        best_epoch: the latest epoch that is as good as that within a standard error; None before the first validation.
         history: the validation scores of every finished epoch.
         seconds: training time so far, over all resumed parts.
         finished: the last epoch is done or early stopping ended the run.
@@ -35,7 +34,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    best_score: list[float] = field(default_factory=lambda: [-math.inf, -math.inf])
+    best_accuracy: float = 0.0
     best_epoch: int | None = None
     history: list[dict] = field(default_factory=list)
     seconds: float = 0.0

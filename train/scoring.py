@@ -66,11 +66,12 @@ def batch_calibrated(scores: torch.Tensor) -> torch.Tensor:
 
 
 def validation_scores(scores: torch.Tensor, examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy, macro-F1 and the mean negative log-probability of the right label among the labels (nats a text)."""
+    """Number of rows, accuracy, macro-F1, mean negative log-probability of the right label among all (nats a text)."""
     gold = torch.tensor([example.label for example in examples])
     predicted = scores.argmax(-1)
     loss = -scores.log_softmax(-1).gather(1, gold[:, None]).mean()
     return {
+        "rows": len(examples),
         "accuracy": float((predicted == gold).float().mean()),
         "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
         "loss": float(loss),

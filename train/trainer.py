@@ -31,11 +31,14 @@ def fit(
     args,
     identity: dict,
 ) -> Progress:
-    """Train until the last epoch or until validation stops getting better; leave the best state in the model.
+    """Train until the last epoch or until validation gets worse; leave the best state in the model.
+
+    The best is the latest whose accuracy is at most a standard error below the highest so far. Of few validation rows
+    the highest one picks an epoch by luck, often the first, long before the learning rate has come down.
 
     Args:
         lengths: tokens of every training row; rows are batched by them.
-        validate: returns at least `accuracy` and `loss` over all validation rows, the same on every process.
+        validate: returns at least `accuracy`, `loss` and the number of `rows`, the same on every process.
         args: the flags of `add_training_arguments`.
         identity: what must be the same for a checkpoint to be resumed (data, base, method, ...).
 
@@ -121,9 +124,9 @@ def fit(
         scores = {"epoch": epoch, **validate()}
         progress.seconds = time.perf_counter() - started
         progress.history.append(scores)
-        score = [scores["accuracy"], -scores["loss"]]
-        if score > progress.best_score:
-            progress.best_score, progress.best_epoch = score, epoch
+        progress.best_accuracy = max(progress.best_accuracy, scores["accuracy"])
+        if scores["accuracy"] >= progress.best_accuracy - accuracy_error(progress.best_accuracy, scores["rows"]):
+            progress.best_epoch = epoch  # as good as any before it, as far as these rows can tell, and trained longer
             best = {name: p.detach().clone() for name, p in trained.items()}
         progress.epoch, progress.step = epoch + 1, 0
         stale = epoch - progress.best_epoch >= args.patience
@@ -131,11 +134,10 @@ def fit(
         log.write(step=progress.epoch * steps_per_epoch, **{f"val_{name}": value for name, value in scores.items()})
         save_checkpoint(checkpoint, trained, optimizer, best, progress, identity)
         if distributed.is_main():
-            bar.write(f"epoch {epoch + 1}: validation accuracy {score[0]:.3f}, loss {-score[1]:.3f} nats a text")
+            accuracy, nats = scores["accuracy"], scores["loss"]
+            bar.write(f"epoch {epoch + 1}: validation accuracy {accuracy:.3f}, loss {nats:.3f} nats a text")
             if stale and progress.epoch < args.epochs:
-                bar.write(
-                    f"stopped: no better score since epoch {progress.best_epoch + 1} (--patience {args.patience})"
-                )
+                bar.write(f"stopped: {args.patience} epochs worse than epoch {progress.best_epoch + 1} (--patience)")
     bar.close()
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -152,6 +154,13 @@ def schedule(step: int, total: int, warmup_ratio: float) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def accuracy_error(accuracy: float, rows: int) -> float:
+    """Standard error of an accuracy over so many rows; with two rows right and two wrong added, as Agresti and Coull do
+    (1998), so that it is more than one row's weight even where all are right."""
+    share = (accuracy * rows + 2) / (rows + 4)
+    return math.sqrt(share * (1 - share) / rows)
 
 
 def seed_of(*numbers: int) -> int:
