@@ -79,13 +79,21 @@ class ClsTunedModel(nn.Module):
         cache = self.base.model(input_ids=input_ids, use_cache=True, last_positions=any_one).past_key_values
         return torch.stack([torch.stack([layer.keys, layer.values], 1) for layer in cache.layers], 1)
 
-    def forward_cached(self, text_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Class logits (B, C) from the keys and values of right-padded texts (B, L, 2, K, T, D)."""
+    def forward_cached(
+        self, text_cache: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Class logits (B, C) from the keys and values of right-padded texts (B, L, 2, K, T, D).
+
+        Args:
+            kept: (B, T), which positions of the text `<cls>` may see; all of them if not given.
+        """
         cache = DynamicCache()
         for index in range(text_cache.shape[1]):
             cache.update(text_cache[:, index, 0], text_cache[:, index, 1], index)
         width = text_cache.shape[4]
         sees = torch.arange(width + 1, device=lengths.device) < lengths[:, None]  # (B, T)
+        if kept is not None:
+            sees[:, :-1] &= kept
         sees[:, -1] = True  # itself
         output = self.base.model(
             inputs_embeds=self.cls_embedding.to(text_cache.dtype).expand(len(lengths), 1, -1),

@@ -18,6 +18,7 @@ from model.model_lora import apply_lora, uniform_rank_map
 from model.model_projection_head import ClsTunedModel
 from model.model_prompt_tuning import PromptTuningModel, initial_virtual_tokens
 from tests.conftest import llama_config
+from train.language_task import LanguageTask
 from train.text_cache import TextCache
 
 LABELS = ["business", "entertainment", "politics", "sport", "tech", "technology and science"]
@@ -284,3 +285,49 @@ def test_sixteen_rows_are_learned_by_heart(method, tokenizer, rows):
     assert all(not torch.equal(p, start[name]) for name, p in trained.items())
     frozen = {n.removeprefix("base."): p for n, p in model.state_dict().items() if n not in trained}
     assert fingerprint(frozen) == before
+
+
+# -- word dropout -----------------------------------------------------------------------------------------------------
+
+
+def test_word_dropout_leaves_out_words_of_the_text_alone_and_only_in_training(tiny_base, tokenizer, rows):
+    prompt = build_prompt(tokenizer, LABELS, max_seq_len=64)
+    whole = LanguageTask(tiny_base, prompt, rows[:8], rows[8:9], "cpu")
+    task = LanguageTask(tiny_base, prompt, rows[:8], rows[8:9], "cpu", word_dropout=0.5)
+    tiny_base.eval()
+    assert torch.equal(task.batch(range(8)).input_ids, whole.batch(range(8)).input_ids)
+    tiny_base.train()
+    batches = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        batches.append(task.batch(range(8)))
+    assert torch.equal(batches[0].input_ids, batches[1].input_ids)
+    assert batches[0].input_ids.shape != batches[2].input_ids.shape or bool(
+        (batches[0].input_ids != batches[2].input_ids).any()
+    )
+    kept = total = 0
+    for row, example in enumerate(whole.train_examples):
+        tail = len(prompt.suffix_ids) + len(prompt.label_ids[example.label]) - 1
+        short = batches[0].input_ids[row, : batches[0].lengths[row]].tolist()
+        full = [*example.ids, *prompt.label_ids[example.label][:-1]]
+        assert short[-tail:] == full[-tail:]
+        words = iter(full[:-tail])
+        assert all(word in words for word in short[:-tail]), "not the text's own words in their order"
+        kept, total = kept + len(short) - tail, total + len(full) - tail
+    assert 0.35 < kept / total < 0.65
+    targets = batches[0].targets[batches[0].targets != -100].tolist()
+    assert targets == [token for example in whole.train_examples for token in prompt.label_ids[example.label]]
+
+
+def test_cls_does_not_see_what_is_left_out(tiny_base):
+    model = ClsTunedModel(tiny_base, 4).eval()
+    ids, lengths = padded([list(range(5, 14)), list(range(20, 36))])
+    cache, kept = model.text_cache(ids), torch.ones(ids.shape, dtype=torch.bool)
+    everything = model.forward_cached(cache, lengths)
+    torch.testing.assert_close(model.forward_cached(cache, lengths, kept), everything)
+    kept[0, 3:6] = False
+    without = model.forward_cached(cache, lengths, kept)
+    assert (without[0] - everything[0]).abs().max() > 1e-4
+    torch.testing.assert_close(without[1], everything[1])
+    cache[0, ..., 3:6, :] = 7.0
+    torch.testing.assert_close(model.forward_cached(cache, lengths, kept), without)

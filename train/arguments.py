@@ -55,6 +55,14 @@ def share(text: str) -> float:
     return value
 
 
+def part(text: str) -> float:
+    """An argparse type: a number from 0 up to, not including, 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return value
+
+
 def yes_no_auto(text: str) -> str:
     """An argparse type: yes, no or auto; MiniMind's own 1 and 0 are yes and no."""
     value = {"1": "yes", "0": "no"}.get(text, text)
@@ -94,6 +102,7 @@ def add_training_arguments(
     save_name: str,
     epochs: int,
     learning_rate: float,
+    word_dropout: float = 0.0,
     batch_size: int = 16,
 ) -> None:
     """All that the training loop reads; the arguments are a method's own defaults."""
@@ -121,10 +130,13 @@ def add_training_arguments(
     )
     loop.add_argument("--accumulation_steps", type=positive_int, default=1, help="forwards an optimizer step")
     loop.add_argument("--learning_rate", type=float, default=learning_rate, help="peak, after warm-up")
+    loop.add_argument(
+        "--word_dropout", type=part, default=word_dropout, help="part of a text's tokens left out, anew each time"
+    )
     loop.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")
     loop.add_argument("--warmup_ratio", type=float, default=0.06, help="share of all steps")
     loop.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    loop.add_argument("--patience", type=positive_int, default=4, help="epochs without a better score before the end")
+    loop.add_argument("--patience", type=positive_int, default=4, help="epochs worse than the best before the end")
     loop.add_argument("--seed", type=int, default=42)
     loop.add_argument(
         "--use_compile", type=yes_no_auto, default="auto", help="torch.compile the blocks: yes (1), no (0), or auto"

@@ -48,7 +48,7 @@ def checkpoint_path(args) -> Path:
 def run_identity(args, lengths: Sequence[int]) -> dict:
     """The flags that change the numbers of a run, and the shape of its data."""
     names = "epochs min_epoch_steps batch_size accumulation_steps tokens_per_forward learning_rate weight_decay"
-    names += " warmup_ratio grad_clip patience seed"
+    names += " word_dropout warmup_ratio grad_clip patience seed"
     flags = {name: getattr(args, name) for name in names.split()}
     row_lengths = hashlib.sha256(json.dumps(list(lengths)).encode()).hexdigest()
     return {**flags, "row_lengths": row_lengths, "processes": distributed.world_size()}

@@ -24,7 +24,9 @@ def parse_arguments(argv: list[str] | None = None):
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--middle_features", type=arguments.positive_int, default=8, help="width of the bottleneck")
     arguments.add_base_arguments(parser, "--from_weight")
-    arguments.add_training_arguments(parser, "out/adapter", "adapter_classifier", epochs=10, learning_rate=5e-3)
+    arguments.add_training_arguments(
+        parser, "out/adapter", "adapter_classifier", epochs=10, learning_rate=5e-3, word_dropout=0.2
+    )
     return parser.parse_args(argv)
 
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Base
     model, tokenizer = setup.open_base(args, args.from_weight, train_rows)
     prompt = setup.open_prompt(args, tokenizer, train_rows)
-    task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
+    task = LanguageTask(model, prompt, train_rows, val_rows, args.device, args.word_dropout)
 
     # 4. Adapters
     arguments.seed_initialisation(args.seed)

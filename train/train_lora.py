@@ -44,7 +44,9 @@ def parse_arguments(argv: list[str] | None = None):
     lora.add_argument("--svd_q", type=int, default=2, help="power iterations of the randomized SVD")
     lora.add_argument("--rank_map", type=Path, help="JSON of layer names and ranks, instead of a selection")
     arguments.add_base_arguments(parser, "--from_weight")
-    arguments.add_training_arguments(parser, "out/lora", "lora_classifier", epochs=10, learning_rate=5e-3)
+    arguments.add_training_arguments(
+        parser, "out/lora", "lora_classifier", epochs=10, learning_rate=5e-3, word_dropout=0.2
+    )
     return parser.parse_args(argv)
 
 
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Base
     model, tokenizer = setup.open_base(args, args.from_weight, train_rows)
     prompt = setup.open_prompt(args, tokenizer, train_rows)
-    task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
+    task = LanguageTask(model, prompt, train_rows, val_rows, args.device, args.word_dropout)
 
     # 4. LoRA
     rank_map = choose_rank_map(args, model, task, targets)

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. Fit
     def loss(batch):
-        logits = model.forward_cached(batch.text_cache, batch.lengths)
+        kept = torch.rand(batch.text_cache.shape[0], batch.text_cache.shape[4]) >= args.word_dropout  # (B, T)
+        logits = model.forward_cached(batch.text_cache, batch.lengths, kept.to(args.device))
         return F.cross_entropy(logits, batch.labels, reduction="sum"), len(batch.labels)
 
     def validate():

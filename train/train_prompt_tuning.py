@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     start = initial_virtual_tokens(base, args.num_virtual_tokens, args.prompt_init, text_ids, args.seed)
     model = PromptTuningModel(base, start)
     prompt = with_virtual_tokens(plain_prompt, args.num_virtual_tokens)
-    task = LanguageTask(model, prompt, train_rows, val_rows, args.device)
+    task = LanguageTask(model, prompt, train_rows, val_rows, args.device, args.word_dropout)
     setup.compile_blocks(args, base.model, task.lengths)
 
     # 5. Fit
