@@ -39,8 +39,9 @@ def parse_arguments(argv: list[str] | None = None):
         parser,
         "out/projection_head",
         "cls_tuning_projection_head_classifier",
-        epochs=30,
+        epochs=10,
         learning_rate=2e-3,
+        word_dropout=0.4,
         batch_size=32,
     )
     return parser.parse_args(argv)
