@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. Fit
     def loss(batch):
-        kept = torch.rand(batch.text_cache.shape[0], batch.text_cache.shape[4]) >= args.word_dropout  # (B, T)
+        kept = torch.rand(len(batch.lengths), batch.text_cache.shape[4]) >= args.word_dropout  # (B, T)
         logits = model.forward_cached(batch.text_cache, batch.lengths, kept.to(args.device))
         return F.cross_entropy(logits, batch.labels, reduction="sum"), len(batch.labels)
 
