@@ -158,6 +158,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(method, clean_runs, 
         same_ranks = ["--rank_map", artifact(method, one).with_suffix(".rank_map.json")] if method == "lora" else []
         arguments += ["--word_dropout", 0, *same_ranks]
         run(*arguments, "--accumulation_steps", 2, cwd=halves)
+        # Only prompt tuning leaves no words out by itself.
+        assert (bits(artifact(method, halves)) == bits(artifact(method, one))) == (method == "prompt_tuning")
         run(*arguments, "--batch_size", 8, cwd=whole)
         expected, found = load_file(artifact(method, halves)), load_file(artifact(method, whole))
         for name, tensor in expected.items():
@@ -216,6 +218,17 @@ def test_auto_takes_bfloat16_where_the_cpu_multiplies_it(can, expected, monkeypa
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **dict.fromkeys(can, True)})
     assert compute_dtype("auto", "cpu") == getattr(torch, expected)
     assert compute_dtype("float32", "cpu") == torch.float32 and compute_dtype("bfloat16", "cpu") == torch.bfloat16
+
+
+def test_the_head_trains_without_some_words(clean_runs, tiny_base_folder, data_files, tmp_path):
+    run(*command("projection_head", tiny_base_folder, data_files, "--word_dropout", 0), cwd=tmp_path)
+    clean = clean_runs("projection_head")
+    assert bits(artifact("projection_head", tmp_path)) != bits(artifact("projection_head", clean))
+
+
+def test_word_dropout_of_everything_is_refused(tiny_base_folder, data_files, tmp_path):
+    result = run(*command("lora", tiny_base_folder, data_files, "--word_dropout", 1), cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "1 is not at least 0 and below 1" in result.stderr
 
 
 def test_without_room_for_its_cache_the_head_ends_in_the_same_bits(clean_runs, tiny_base_folder, data_files, tmp_path):
@@ -292,6 +305,7 @@ class StepCounter(torch.nn.Module):
         # Of ten rows one or two more or fewer say nothing: the last epoch is kept, and nothing ends early.
         (10, [0.8, 0.7, 0.7, 0.8, 0.7, 0.7], 6, 5),
         (10, [1.0, 0.9, 0.9, 0.9, 0.9, 0.9], 6, 5),
+        (3, [1.0, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3], 6, 5),
         # Of ten thousand a tenth is a real loss.
         (10_000, [0.8, 0.7, 0.7, 0.8, 0.7, 0.7], 3, 0),
         (10_000, [0.7, 0.8, 0.799, 0.7, 0.7, 0.7], 5, 2),

@@ -55,8 +55,8 @@ def share(text: str) -> float:
     return value
 
 
-def part(text: str) -> float:
-    """An argparse type: a number from 0 up to, not including, 1."""
+def dropout_rate(text: str) -> float:
+    """An argparse type: a number of at least 0 and below 1."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
@@ -131,7 +131,7 @@ def add_training_arguments(
     loop.add_argument("--accumulation_steps", type=positive_int, default=1, help="forwards an optimizer step")
     loop.add_argument("--learning_rate", type=float, default=learning_rate, help="peak, after warm-up")
     loop.add_argument(
-        "--word_dropout", type=part, default=word_dropout, help="part of a text's tokens left out, anew each time"
+        "--word_dropout", type=dropout_rate, default=word_dropout, help="share of a text's tokens a step leaves out"
     )
     loop.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")
     loop.add_argument("--warmup_ratio", type=float, default=0.06, help="share of all steps")

@@ -21,7 +21,7 @@ class LanguageTask:
     Args:
         model: called like `MiniMindForCausalLM`; a method may still be put onto it afterwards.
         prompt: how rows become tokens, virtual tokens included.
-        word_dropout: part of a text's tokens that a training batch leaves out, drawn anew each time: the classifier
+        word_dropout: share of a text's tokens that a training batch leaves out, drawn anew each time: the classifier
             must not lean on single words (https://aclanthology.org/P15-1162).
 
     Raises:

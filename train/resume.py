@@ -25,8 +25,7 @@ class Progress:
 
     Attributes:
         epoch, step: the next step to take is number `step` of `epoch`, both from 0.
-        best_accuracy: the highest of all validations so far.
-        best_epoch: the latest epoch that is as good as that within a standard error; None before the first validation.
+        best_epoch: the latest epoch within a standard error of the highest accuracy; None before the first validation.
         history: the validation scores of every finished epoch.
         seconds: training time so far, over all resumed parts.
         finished: the last epoch is done or early stopping ended the run.
@@ -34,7 +33,6 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    best_accuracy: float = 0.0
     best_epoch: int | None = None
     history: list[dict] = field(default_factory=list)
     seconds: float = 0.0

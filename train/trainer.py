@@ -124,8 +124,8 @@ def fit(
         scores = {"epoch": epoch, **validate()}
         progress.seconds = time.perf_counter() - started
         progress.history.append(scores)
-        progress.best_accuracy = max(progress.best_accuracy, scores["accuracy"])
-        if scores["accuracy"] >= progress.best_accuracy - accuracy_error(progress.best_accuracy, scores["rows"]):
+        highest = max(past["accuracy"] for past in progress.history)
+        if scores["accuracy"] >= highest - accuracy_error(highest, scores["rows"]):
             progress.best_epoch = epoch  # as good as any before it, as far as these rows can tell, and trained longer
             best = {name: p.detach().clone() for name, p in trained.items()}
         progress.epoch, progress.step = epoch + 1, 0
@@ -157,10 +157,8 @@ def schedule(step: int, total: int, warmup_ratio: float) -> float:
 
 
 def accuracy_error(accuracy: float, rows: int) -> float:
-    """Standard error of an accuracy over so many rows; with two rows right and two wrong added, as Agresti and Coull do
-    (1998), so that it is more than one row's weight even where all are right."""
-    share = (accuracy * rows + 2) / (rows + 4)
-    return math.sqrt(share * (1 - share) / rows)
+    """Standard error of an accuracy over so many rows; at least a row and a half, so that one row never decides."""
+    return max(math.sqrt(accuracy * (1 - accuracy) / rows), 1.5 / rows)
 
 
 def seed_of(*numbers: int) -> int:
