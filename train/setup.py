@@ -126,11 +126,11 @@ def save_run(args, model: torch.nn.Module, path: Path, description: Description,
 
 def print_report(path: Path, description: Description, extra: Sequence[Path]) -> None:
     """The end of a training run: what was trained, how well it validates, where it lies."""
-    best = description.run["validation"][description.run["best_epoch"] - 1]
+    kept = description.run["validation"][description.run["best_epoch"] - 1]
     print(
         f"{description.method}: {description.run['trained_parameters']:,} trained parameters, "
-        f"{description.run['seconds']:.0f} s; best epoch {description.run['best_epoch']}: "
-        f"validation accuracy {best['accuracy']:.3f}, macro-F1 {best['macro_f1']:.3f}"
+        f"{description.run['seconds']:.0f} s; kept epoch {description.run['best_epoch']}: "
+        f"validation accuracy {kept['accuracy']:.3f}, macro-F1 {kept['macro_f1']:.3f}"
     )
     for file in (path, *extra):
         print(f"  {file}")
