@@ -99,10 +99,21 @@ def test_a_run_that_is_stopped_goes_on_and_writes_a_base(tmp_path):
     model, tokenizer = load_minimind(tmp_path / "base"), load_tokenizer(tmp_path / "base")
     assert model.config.vocab_size == len(tokenizer) and model.config.hidden_size == 32
     assert next(model.parameters()).dtype == torch.bfloat16
+    # A further run must not go on from the checkpoint of the first, whose model it would write.
+    refused = run(*command(400), "--from_weight", "base", cwd=tmp_path, check=False).stderr
+    assert refused.startswith("error: work/checkpoint.pt belongs to a different run: from_weight was None, is now base")
     # Further, from that base: its shape and tokenizer, whatever the flags say, and weights that start from its own.
-    places = ["--work_dir", "more", "--output_dir", "further", "--from_weight", "base", "--seed", 1]
-    run(*command(400), *places, "--hidden_size", 64, "--muon_lr", 1e-6, "--adamw_lr", 1e-6, cwd=tmp_path)
-    further = load_minimind(tmp_path / "further")
-    assert load_tokenizer(tmp_path / "further").get_vocab() == tokenizer.get_vocab()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(further.state_dict()[name], tensor, atol=1e-3, rtol=1e-2)
+    further = ["--from_weight", "base", "--seed", 1, "--hidden_size", 64]
+    slow = ["--output_dir", "slow", "--work_dir", "work_slow", "--muon_lr", 1e-6, "--adamw_lr", 1e-6]
+    run(*command(400), *further, *slow, cwd=tmp_path)
+    assert load_tokenizer(tmp_path / "slow").get_vocab() == tokenizer.get_vocab()
+    for name, tensor in load_minimind(tmp_path / "slow").state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-3, rtol=1e-2)
+    # The average with the base it started from; the finished run is not trained again for it.
+    run(*command(4000), *further, "--output_dir", "moved", "--work_dir", "more", cwd=tmp_path)
+    average = ["--output_dir", "average", "--work_dir", "more", "--from_weight_share", 0.25]
+    assert "averaged with base" in run(*command(4000), *further, *average, cwd=tmp_path).stdout
+    start, moved = (load_minimind(tmp_path / folder, dtype=torch.float32).state_dict() for folder in ("base", "moved"))
+    assert (start["lm_head.weight"] - moved["lm_head.weight"]).abs().max() > 0.01
+    for name, tensor in load_minimind(tmp_path / "average", dtype=torch.float32).state_dict().items():
+        torch.testing.assert_close(tensor, 0.25 * start[name] + 0.75 * moved[name], atol=1e-3, rtol=1e-2)

@@ -11,7 +11,6 @@ gradients -> Muon and AdamW.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -25,8 +24,9 @@ from model.checkpoint import load_minimind, load_tokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from train import label_reading
 from train import pretrain_corpus as corpus
-from train.arguments import run_script
+from train.arguments import run_script, share
 from train.pretrain_loss import ChunkedCrossEntropy, ContextPrediction, chunk_loss
+from train.pretrain_output import average_with, export, load_checkpoint, plot_loss, run_identity, save_checkpoint
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,6 +47,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_hidden_layers", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=12800)
+    parser.add_argument(
+        "--from_weight_share",
+        type=share,
+        default=0.0,
+        help="write the average of the result and --from_weight, this much of it the latter (default 0)",
+    )
     parser.add_argument("--seq_len", type=int, default=256, help="tokens a window; doubled for the last quarter")
     parser.add_argument("--tokens_per_step", type=int, default=8192)
     parser.add_argument("--tokens_per_micro_batch", type=int, default=4096)
@@ -68,7 +74,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.from_weight_share and not args.from_weight:
+        parser.error(f"--from_weight_share {args.from_weight_share} needs --from_weight")
+    return args
 
 
 def prepare(args: argparse.Namespace):
@@ -161,14 +170,6 @@ def validation_loss(blocks, loss_of_chunk, head_weight, held_out, args) -> float
     return total / float(weights[:, 1:].sum())
 
 
-def save_checkpoint(path: Path, model, context, optimizers, state: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    saved = {"model": model.state_dict(), "context": context.state_dict(), "state": state}
-    torch.save(saved | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
-    os.replace(temporary, path)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     tokenizer, language, tasks, held_out = prepare(args)
@@ -177,15 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     context = ContextPrediction(model.config.hidden_size, counts, len(corpus.MARKERS), args.context_reach)
     optimizers = build_optimizers(model, context.to(args.device), args)
     checkpoint, log_file = args.work_dir / "checkpoint.pt", args.work_dir / "log.jsonl"
-    state = {"epoch": 0, "window": 0, "tokens": 0, "seconds": 0.0, "step": 0}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location=args.device)
-        model.load_state_dict(saved["model"])
-        context.load_state_dict(saved["context"])
-        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        state = saved["state"]
-        print(f"resumed at step {state['step']}, {state['tokens']:,} tokens, {state['seconds'] / 60:.1f} minutes")
+    identity = run_identity(args, language)
+    state = load_checkpoint(checkpoint, model, context, optimizers, identity)
     all_tokens = args.epochs * sum(len(s.ids) for s in language) + sum(len(s.ids) for s in tasks)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {all_tokens:,} tokens in {args.epochs} epochs")
     last_token = min(args.tokens, all_tokens)
@@ -242,39 +236,20 @@ def main(argv: list[str] | None = None) -> None:
                 with log_file.open("a") as log:
                     log.write(json.dumps(report) + "\n")
                 bar.set_postfix(loss=f"{loss:.3f}", val=f"{held_out_loss:.3f}")
-                save_checkpoint(checkpoint, model, context, optimizers, state)
+                save_checkpoint(checkpoint, model, context, optimizers, state, identity)
         else:
             state["epoch"], state["window"] = state["epoch"] + 1, 0
     bar.close()
     final = validation_loss(blocks, loss_of_chunk, head_weight, held_out, args)
     print(f"validation loss {final:.3f} nats a token, perplexity {math.exp(final):.1f}")
-    save_checkpoint(checkpoint, model, context, optimizers, state)
+    save_checkpoint(checkpoint, model, context, optimizers, state, identity)
+    if args.from_weight_share:
+        average_with(model, load_minimind(args.from_weight, args.device, torch.float32), args.from_weight_share)
+        averaged = validation_loss(blocks, loss_of_chunk, head_weight, held_out, args)
+        print(f"averaged with {args.from_weight}: validation loss {averaged:.3f} nats a token")
     export(model, tokenizer, args.output_dir)
     if log_file.exists():
         plot_loss(log_file, args.output_dir / "loss_curve.png")
-
-
-def export(model: MiniMindForCausalLM, tokenizer, folder: Path) -> None:
-    """Write the Hugging Face folder in bfloat16."""
-    model.to("cpu", torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    print(f"{folder}: {size:.1f} MiB")
-
-
-def plot_loss(log_file: Path, path: Path) -> None:
-    """Draw a run's log: the loss of single steps, tasks included, and that of the held-out documents."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
-    millions = [line["tokens"] / 1e6 for line in lines]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(millions, [line["loss"] for line in lines], color="C0", alpha=0.5, label="training, one step")
-    axes.plot(millions, [line["val_loss"] for line in lines], color="C1", label="held-out documents")
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", title="pre-training")
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
