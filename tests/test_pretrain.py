@@ -101,7 +101,7 @@ def test_a_run_that_is_stopped_goes_on_and_writes_a_base(tmp_path):
     assert next(model.parameters()).dtype == torch.bfloat16
     # A further run must not go on from the checkpoint of the first, whose model it would write.
     refused = run(*command(400), "--from_weight", "base", cwd=tmp_path, check=False).stderr
-    assert refused.startswith("error: work/checkpoint.pt belongs to a different run: from_weight was None, is now base")
+    assert "error: work/checkpoint.pt belongs to a different run: from_weight was None, is now base;" in refused
     # Further, from that base: its shape and tokenizer, whatever the flags say, and weights that start from its own.
     further = ["--from_weight", "base", "--seed", 1, "--hidden_size", 64]
     slow = ["--output_dir", "slow", "--work_dir", "work_slow", "--muon_lr", 1e-6, "--adamw_lr", 1e-6]
