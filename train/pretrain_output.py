@@ -1,14 +1,15 @@
 """What a pre-training run leaves on disk: its checkpoint, the base as a Hugging Face folder, and the loss curve."""
 
 import argparse
+import io
 import json
-import os
 from pathlib import Path
 
 import torch
 
-from model.checkpoint import CheckpointError
+from model.artifact import write_atomically
 from model.model_minimind import MiniMindForCausalLM
+from train.resume import check_same_run
 
 
 def run_identity(args: argparse.Namespace, language) -> dict:
@@ -20,11 +21,10 @@ def run_identity(args: argparse.Namespace, language) -> dict:
 
 
 def save_checkpoint(path: Path, model, context, optimizers, state: dict, identity: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     saved = {"model": model.state_dict(), "context": context.state_dict(), "state": state, "identity": identity}
-    torch.save(saved | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    torch.save(saved | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, content)
+    write_atomically(path, content.getvalue())
 
 
 def load_checkpoint(path: Path, model, context, optimizers, identity: dict) -> dict:
@@ -36,13 +36,7 @@ def load_checkpoint(path: Path, model, context, optimizers, identity: dict) -> d
     if not path.exists():
         return {"epoch": 0, "window": 0, "tokens": 0, "seconds": 0.0, "step": 0}
     saved = torch.load(path, weights_only=True, map_location=model.device)
-    for name, now in identity.items():
-        then = saved["identity"].get(name)
-        if then != now:
-            raise CheckpointError(
-                f"{path} belongs to a different run: {name} was {then}, is now {now}; "
-                "repeat the flags of that run, or give another --work_dir"
-            )
+    check_same_run(path, saved["identity"], identity, "give another --work_dir")
     model.load_state_dict(saved["model"])
     context.load_state_dict(saved["context"])
     for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):

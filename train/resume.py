@@ -73,6 +73,21 @@ def read_checkpoint_identity(path: Path) -> dict | None:
         return json.loads(file.metadata()["identity"])
 
 
+def check_same_run(path: Path, saved: dict, current: dict, remedy: str) -> None:
+    """Refuse a checkpoint of another run.
+
+    Raises:
+        CheckpointError: what identifies the runs differs; names the first difference, then and now, and the remedy.
+    """
+    for name in sorted(saved.keys() | current.keys()):
+        then, now = saved.get(name), current.get(name)
+        if then != now:
+            raise CheckpointError(
+                f"{path} belongs to a different run: {name} was {str(then)[:80]}, is now {str(now)[:80]}; "
+                f"repeat the flags of that run, or {remedy}"
+            )
+
+
 def load_checkpoint(path: Path, trained, optimizer, best, identity: dict) -> Progress | None:
     """Restore parameters, optimizer and best state; None where there is no checkpoint.
 
@@ -84,14 +99,7 @@ def load_checkpoint(path: Path, trained, optimizer, best, identity: dict) -> Pro
         if distributed.is_main():
             print(f"no checkpoint {path}: starting from the beginning")
         return None
-    current = json.loads(json.dumps(identity))
-    for name in sorted(saved_identity.keys() | current.keys()):
-        then, now = saved_identity.get(name), current.get(name)
-        if then != now:
-            raise CheckpointError(
-                f"{path} belongs to a different run: {name} was {str(then)[:80]}, is now {str(now)[:80]}; "
-                "repeat the flags of that run, or start anew with --from_resume 0"
-            )
+    check_same_run(path, saved_identity, json.loads(json.dumps(identity)), "start anew with --from_resume 0")
     with safe_open(path, "pt") as file:
         progress = Progress(**json.loads(file.metadata()["progress"]))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
