@@ -87,7 +87,7 @@ def _run(model, ids: Sequence[int], output_attentions: bool) -> tuple[torch.Tens
     if isinstance(model, ClsTunedModel):
         lengths = torch.tensor([len(ids)], device=device)
         outputs = model.hidden_states(input_ids, lengths, output_attentions=output_attentions)
-        result = model.head(outputs.last_hidden_state[:, 0].float())[0]
+        result = model.head(outputs.last_hidden_state[:, 0].to(next(model.head.parameters()).dtype))[0]
     else:
         outputs = model(input_ids=input_ids, output_attentions=output_attentions)
         result = outputs.logits[0].float()
